@@ -1,0 +1,16 @@
+"""The one error a user is meant to read: a single line that says what is wrong, where, and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input. The command line prints its text as one line and exits with code 2."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"``, or nothing where no allowed word is close to ``word``."""
+    match = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
