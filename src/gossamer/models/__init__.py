@@ -1,0 +1,5 @@
+"""Model shapes as data, and any causal language model of `transformers` built from a configuration."""
+
+from gossamer.models.shapes import SHAPES, Shape, build_model, resolve_config
+
+__all__ = ["SHAPES", "Shape", "build_model", "resolve_config"]

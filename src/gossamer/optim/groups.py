@@ -1,0 +1,126 @@
+"""Which parameter is trained by which method, and why: every trainable parameter exactly once, or an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from gossamer.errors import UserError
+from gossamer.optim.contract import Method, entry_of
+from gossamer.optim.methods.adamw import AdamW
+
+Rules = Sequence[tuple[str, Method]]
+
+_HEAD_NAMES = re.compile(r"(lm_head|embed_out|output|output_projection|head|score|classifier|\w+_head)$")
+
+
+def default_fallback() -> Method:
+    """What trains the parameters that nobody chose a method for."""
+    return AdamW()
+
+
+def param_groups(
+    model: nn.Module | Iterable[Tensor | tuple[str, Tensor]],
+    method: Method,
+    *,
+    fallback: Method | None = None,
+    rules: Rules = (),
+) -> list[dict[str, Any]]:
+    """Parameter groups for `gossamer.Optimizer`: hidden matrices under `method`, everything else under `fallback`.
+
+    A hidden matrix is the weight of an `nn.Linear` or of Hugging Face's `Conv1D` that is neither the output head
+    (`get_output_embeddings()`, a weight tied to an embedding, or a last name such as `lm_head` or `classifier`) nor an
+    embedding. Given bare parameters instead of a model, every matrix counts as hidden: pass the model if you have it.
+
+    Args:
+        model: a module, or parameters, or (name, parameter) pairs. Parameters with `requires_grad=False` are left out.
+        method: for the hidden matrices. One whose smaller side is no larger than `method.rank` goes to `fallback`.
+        fallback: for the rest; `AdamW()` if None.
+        rules: `(regex, method)` pairs, searched in parameter names; the first match wins over everything else.
+
+    Returns:
+        One dict a method: `params`, `param_names`, `why` (one reason a parameter) and `method`.
+
+    Raises:
+        UserError: a rule that matches no parameter or that asks a matrix method to train something else, a model
+            without trainable parameters, or a parameter given twice.
+    """
+    fallback = fallback or default_fallback()
+    groups: dict[Method, dict[str, Any]] = {}
+    unmatched = {pattern for pattern, _ in rules}
+    seen: dict[int, str] = {}
+    for name, param, kind in _kinds(model):
+        if id(param) in seen:
+            raise UserError(f"param_groups: {name!r} is the same parameter as {seen[id(param)]!r}; give it once")
+        seen[id(param)] = name
+        if not param.requires_grad:
+            continue
+        chosen, why = _choose(name, param, kind, method, fallback, rules, unmatched)
+        group = groups.setdefault(chosen, {"params": [], "param_names": [], "why": [], "method": chosen})
+        group["params"].append(param)
+        group["param_names"].append(name)
+        group["why"].append(why)
+    if unmatched:
+        raise UserError(f"param_groups: rule {min(unmatched)!r} matches no trainable parameter left to it")
+    if not groups:
+        raise UserError("param_groups: there is no trainable parameter")
+    return list(groups.values())
+
+
+def refusal(method: Method, shape: Sequence[int]) -> str | None:
+    """Why `method` cannot train a parameter of this shape, or None if it can."""
+    if entry_of(method).matrix_only and len(shape) != 2:
+        return f"{len(shape)}-D"
+    return None
+
+
+def _choose(
+    name: str, param: Tensor, kind: str, method: Method, fallback: Method, rules: Rules, unmatched: set[str]
+) -> tuple[Method, str]:
+    why = kind
+    for pattern, ruled in rules:
+        if re.search(pattern, name):
+            if (reason := refusal(ruled, param.shape)) is not None:
+                raise UserError(
+                    f"param_groups: rule {pattern!r} gives {name!r} of shape {tuple(param.shape)} to "
+                    f"{entry_of(ruled).name}, which trains matrices only; it is {reason}"
+                )
+            unmatched.discard(pattern)
+            method, why = ruled, f"rule {pattern!r}"
+            break
+    else:
+        if kind != "hidden matrix":
+            return fallback, kind
+    rank = getattr(method, "rank", None)
+    if rank is not None and len(param.shape) == 2 and rank >= min(param.shape):
+        return fallback, "rank >= min(m, n): dense"
+    return method, why
+
+
+def _kinds(model: nn.Module | Iterable[Tensor | tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor, str]]:
+    """(name, parameter, kind) of every parameter, where only the kind "hidden matrix" goes to the method."""
+    if not isinstance(model, nn.Module):
+        for index, item in enumerate(model):
+            name, param = item if isinstance(item, tuple) else (f"param.{index}", item)
+            yield name, param, "hidden matrix" if param.ndim == 2 else f"{param.ndim}-D"
+        return
+
+    kinds: dict[int, str] = {}
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            kinds[id(weight)] = "embedding"
+        elif (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and id(weight) not in kinds:
+            is_head = _HEAD_NAMES.match(path.rpartition(".")[2])
+            kinds[id(weight)] = "output head" if is_head else "hidden matrix"
+    get_head = getattr(model, "get_output_embeddings", None)
+    head: Any = get_head() if callable(get_head) else None
+    if head is not None and kinds.get(id(head.weight)) != "embedding":
+        kinds[id(head.weight)] = "output head"
+    for name, param in model.named_parameters():
+        other = f"{param.ndim}-D" if param.ndim != 2 else "not the weight of a linear layer"
+        kind = kinds.get(id(param), other)
+        yield name, param, kind if param.ndim == 2 or kind == "embedding" else other

@@ -1,0 +1,1 @@
+"""One file a paper. The registry imports every file of this folder."""

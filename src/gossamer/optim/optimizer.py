@@ -1,0 +1,262 @@
+"""The one `torch.optim.Optimizer`: it drives every method and knows none by name."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import UserError
+from gossamer.optim import contract
+from gossamer.optim.contract import Context, Method, State
+from gossamer.optim.groups import default_fallback, refusal
+from gossamer.optim.rounding import write_
+from gossamer.optim.stores import arithmetic_dtype
+
+STEP = "step"
+
+
+def init_state(method: Method, param: Tensor) -> State:
+    """Everything the optimizer keeps for one parameter: the method's tensors and a step counter (fp32, on the CPU).
+
+    Runs on the meta device too, so that memory is counted with the same code that takes it.
+    """
+    counter = torch.zeros((), dtype=torch.float32, device="meta" if param.is_meta else "cpu")
+    return {STEP: counter, **method.init(param)}
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """How one parameter is trained."""
+
+    name: str
+    shape: tuple[int, ...]
+    method: str
+    rank: int | None
+    state_bytes: int
+    """The method's tensors; the driver's step counter takes 4 bytes more."""
+    why: str
+
+
+class Plan(list[PlanRow]):
+    """One row a parameter; prints as a table."""
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(row.state_bytes for row in self)
+
+    def __str__(self) -> str:
+        header = ("parameter", "shape", "method", "rank", "state bytes", "why")
+        cells = [
+            (r.name, "x".join(map(str, r.shape)), r.method, str(r.rank or "-"), f"{r.state_bytes:,}", r.why)
+            for r in self
+        ]
+        cells.append(("total", "", "", "", f"{self.state_bytes:,}", ""))
+        width = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+        right = {3, 4}
+        return "\n".join(
+            "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, width, strict=True)))
+            for row in (header, *cells)
+        )
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Train each parameter group by its own method.
+
+        opt = gossamer.Optimizer(gossamer.param_groups(model, LoRAPre(rank=128)), lr=1e-3)
+
+    Args:
+        params: groups from `param_groups`, or whatever torch's optimizers take: parameters, (name, parameter) pairs,
+            or dicts. A group without a `method` is trained by `AdamW()`.
+        lr: learning rate, a float or a tensor.
+        weight_decay: decoupled, `W <- (1 - lr weight_decay) W` before the step, as `torch.optim.AdamW`.
+        maximize: ascend instead of descend.
+        rounding: how a bf16 parameter is written: "stochastic", or "nearest", which loses every update smaller than
+            about 1/256 of the weight. Other dtypes are always rounded to nearest.
+        seed: of every random number a method or the rounding draws. The stream of a parameter depends on (seed, its
+            name, its step) alone, never on the global generator.
+
+    Raises:
+        UserError: values out of range, sparse or complex parameters or gradients, a parameter its method cannot train.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        rounding: str = "stochastic",
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "rounding": rounding,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group at any time; it is checked, named and completed with the defaults."""
+        group = dict(param_group)
+        group.setdefault("method", default_fallback())
+        super().add_param_group(group)
+        try:
+            self._check(self.param_groups[-1], index=len(self.param_groups) - 1)
+        except UserError:
+            self.param_groups.pop()
+            raise
+
+    def _check(self, group: dict[str, Any], index: int) -> None:
+        if float(group["lr"]) < 0 or group["weight_decay"] < 0:
+            raise UserError(
+                f"Optimizer: lr is {float(group['lr'])}, weight_decay is {group['weight_decay']}; allowed: numbers >= 0"
+            )
+        contract.check_choice("Optimizer", rounding=(group["rounding"], ("stochastic", "nearest")))
+        group.setdefault("param_names", [f"group.{index}.{i}" for i in range(len(group["params"]))])
+        group.setdefault("why", ["given"] * len(group["params"]))
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            if not param.is_floating_point() or param.is_sparse:
+                raise UserError(f"Optimizer: {name!r} is {param.dtype}, {param.layout}; allowed: dense real numbers")
+            if (reason := refusal(group["method"], param.shape)) is not None:
+                method = contract.entry_of(group["method"]).name
+                raise UserError(
+                    f"Optimizer: {name!r} of shape {tuple(param.shape)} is {reason}, and {method} trains matrices; "
+                    "let gossamer.param_groups(model, method) sort the parameters"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step for every parameter that has a gradient. `closure` re-evaluates the loss, with gradients enabled."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                if param.grad is not None:
+                    self._step_parameter(name, param, group)
+        return loss
+
+    def _step_parameter(self, name: str, param: nn.Parameter, group: dict[str, Any]) -> None:
+        grad, method, lr = param.grad, group["method"], group["lr"]
+        assert grad is not None
+        if grad.is_sparse or grad.is_complex():
+            kind = "sparse" if grad.is_sparse else "complex"
+            raise UserError(f"Optimizer: the gradient of {name!r} is {kind}; allowed: dense real gradients")
+        state = self.state[param]
+        if not state:
+            state.update(init_state(method, param))
+        state[STEP] += 1
+        step = int(state[STEP])
+        generator = torch.Generator(param.device).manual_seed(_stream(group["seed"], name, step))
+
+        wide = arithmetic_dtype(param)
+        grad = grad.to(wide).neg() if group["maximize"] else grad.to(wide)
+        direction = method.update(grad, state, Context(step, lr, param, generator))
+
+        target = param if param.dtype is wide else param.to(wide)  # stepped in place, or written back with rounding
+        if group["weight_decay"] != 0:
+            target.mul_(1 - lr * group["weight_decay"])
+        if isinstance(lr, Tensor):
+            target.sub_(direction * lr)
+        else:
+            target.sub_(direction, alpha=lr)
+        if target is not param:
+            write_(param, target, group["rounding"], generator)
+
+    def plan(self) -> Plan:
+        """Which method trains each parameter, at which rank, with how much state, and why. Allocates nothing."""
+        rows = Plan()
+        for group in self.param_groups:
+            method = group["method"]
+            for name, param, why in zip(group["param_names"], group["params"], group["why"], strict=True):
+                meta = torch.empty_like(param, device="meta")
+                rows.append(
+                    PlanRow(
+                        name,
+                        tuple(param.shape),
+                        contract.entry_of(method).name,
+                        getattr(method, "rank", None),
+                        num_bytes(method.init(meta).values()),
+                        why,
+                    )
+                )
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with each group's method as plain data, so that `torch.load(weights_only=True)` reads it."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            group["method"] = contract.describe(group["method"])
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a `state_dict`: every tensor in its own dtype, every hyperparameter as it was saved.
+
+        torch's own casts state to the parameter's dtype, which ruins fp32 moments over bf16 weights; ours moves tensors
+        to the parameter's device and changes nothing else. A hyperparameter the checkpoint lacks takes its default.
+
+        Raises:
+            UserError: the checkpoint is of another method or rank, or has other parameters.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+
+        saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
+        sizes, own_sizes = ([len(g["params"]) for g in groups] for groups in (saved_groups, self.param_groups))
+        if sizes != own_sizes:
+            raise UserError(
+                f"load_state_dict: the checkpoint has groups of {sizes} parameters, the optimizer {own_sizes}"
+            )
+        state: defaultdict[Tensor, State] = defaultdict(dict)
+        groups = []
+        for saved, group in zip(saved_groups, self.param_groups, strict=True):
+            name, own = saved["method"]["name"], contract.entry_of(group["method"]).name
+            if name != own:
+                raise UserError(f"load_state_dict: the checkpoint was made by {name!r}, this optimizer runs {own!r}")
+            for index, param, label in zip(saved["params"], group["params"], group["param_names"], strict=True):
+                if index in saved_state:  # else it never had a gradient
+                    _check_shapes(
+                        label, saved_state[index], group["method"].init(torch.empty_like(param, device="meta"))
+                    )
+                    state[param] = {
+                        key: value.clone() if key == STEP else value.to(param.device, copy=True)
+                        for key, value in saved_state[index].items()
+                    }
+            method = contract.build(**saved["method"])
+            groups.append({**group, **copy.deepcopy(saved), "params": group["params"], "method": method})
+        self.__setstate__({"state": state, "param_groups": groups})
+
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+
+def _check_shapes(label: str, saved: State, fresh: State) -> None:
+    for key, tensor in fresh.items():
+        shape = tuple(saved[key].shape) if key in saved else None
+        if shape != tuple(tensor.shape):
+            raise UserError(
+                f"load_state_dict: {label!r} has {key} of shape {shape} in the checkpoint but "
+                f"{tuple(tensor.shape)} here; build the optimizer with the checkpoint's rank and model"
+            )
+
+
+def _stream(seed: int, name: str, step: int) -> int:
+    """A 63-bit seed that depends on the three alone, on every machine."""
+    digest = hashlib.blake2b(f"{seed}/{name}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
