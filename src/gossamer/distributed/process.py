@@ -1,0 +1,75 @@
+"""One process or many, started by `torchrun`: the training loop asks here and never for a rank."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gossamer.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together; `size` is 1 without `torchrun`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes logs and checkpoints."""
+        return self.rank == 0
+
+    def share(self, total: int) -> slice:
+        """This process's part of `total` rows."""
+        if total % self.size:
+            raise UserError(f"batch_size: {total} rows cannot be split evenly over {self.size} processes")
+        part = total // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """`model`, with its gradients averaged over processes."""
+        return DistributedDataParallel(model) if self.size > 1 else model
+
+    @contextlib.contextmanager
+    def accumulating(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Reduce gradients in the last micro-batch of a step only."""
+        with contextlib.nullcontext() if last or self.size == 1 else model.no_sync():  # pyright: ignore
+            yield
+
+
+def start(device: str) -> World:
+    """Join the processes that `torchrun` started, if it did. `device` is "auto", "cpu" or "cuda"."""
+    use_cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    if use_cuda and not torch.cuda.is_available():
+        raise UserError(f"device: {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(local)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if use_cuda else "gloo")
+    return World(rank, size, local)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

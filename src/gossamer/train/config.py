@@ -1,0 +1,109 @@
+"""What a pre-training run is: declared here, once, and the command line is this dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import tyro
+
+from gossamer.data import DataConfig
+from gossamer.errors import UserError
+from gossamer.optim.contract import Method, describe
+
+M = TypeVar("M", bound=Method)
+
+MAY_CHANGE_ON_RESUME = {"out", "resume", "compile", "eval_every", "eval_tokens", "save_every", "keep_last", "trackers"}
+
+
+@dataclass(frozen=True)
+class Pretrain(Generic[M]):
+    """Pre-train a causal language model."""
+
+    method: M
+    """How hidden matrices are trained; everything else is trained by AdamW."""
+    model: str = "9m"
+    """A size (tiny, 9m .. 13b), or a Hugging Face config.json or a folder with one."""
+    data: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
+    out: Path = Path("runs/pretrain")
+    """Folder of the log and the checkpoints."""
+    resume: bool = False
+    """Continue from the newest sound checkpoint in `out`; from the start if there is none."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Rows an optimizer step sees, over all processes."""
+    micro_batch_size: int | None = None
+    """Rows of one forward pass in one process; None: all of its rows at once."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    warmup: float = 0.1
+    """Part of the steps over which the learning rate rises."""
+    min_lr_ratio: float = 0.1
+    """Learning rate of the last step, as a part of the peak."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights, gradients and activations. Optimizer state is fp32 either way."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How bf16 weights are written."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    seed: int = 0
+    """Of the weights, the data order and the optimizer's random numbers."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    eval_tokens: int = 100_000
+    """Validation tokens of one evaluation, the same ones each time."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Where to send the numbers, beside the JSONL log."""
+
+    def __post_init__(self) -> None:
+        whole = ("steps", "batch_size", "keep_last", "eval_tokens")
+        for name in whole:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} is too small; allowed: an integer >= 1")
+        for name in ("eval_every", "save_every", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: {getattr(self, name)} is negative; allowed: >= 0")
+        if self.lr <= 0:
+            raise UserError(f"lr: {self.lr} is not positive; allowed: > 0")
+        for name in ("warmup", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}: {getattr(self, name)} is not a part; allowed: 0 to 1")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise UserError(f"micro_batch_size: {self.micro_batch_size} is too small; allowed: an integer >= 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the method's name."""
+        return {**asdict(self), "out": str(self.out), "method": describe(self.method), "trackers": list(self.trackers)}
+
+
+def check_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to continue a run under another configuration."""
+    was, is_ = saved["method"]["name"], now["method"]["name"]
+    if was != is_:
+        raise UserError(f"resume: the checkpoint was made by method {was!r}, this run asks for {is_!r}")
+    for key, value in _flatten(now).items():
+        old = _flatten(saved).get(key, value)
+        if key.split(".")[0] not in MAY_CHANGE_ON_RESUME and old != value:
+            raise UserError(f"resume: {key} was {old!r} in the checkpoint and is {value!r} now; use another --out")
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

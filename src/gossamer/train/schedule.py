@@ -1,0 +1,26 @@
+"""The learning rate over time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Linear warm-up, then a cosine from 1 down to `floor`, as a multiple of the peak learning rate.
+
+    Unlike the published recipe, neither the first update (lr 0) nor one past the end is wasted: update 0 takes
+    1 / warmup, the last update takes `floor` exactly.
+    """
+
+    steps: int
+    warmup: int
+    floor: float
+
+    def __call__(self, step: int) -> float:
+        """The multiplier of update `step`, counted from 0."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = min(1.0, (step + 1 - self.warmup) / max(1, self.steps - self.warmup))
+        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2
