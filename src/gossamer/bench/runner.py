@@ -1,0 +1,94 @@
+"""Running a suite: one row a finished run, nothing trained twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gossamer.bench.suite import SUITES, Bench
+from gossamer.bench.timing import step_time_ratio
+from gossamer.memory import predict
+from gossamer.models import build_model, resolve_config
+from gossamer.optim.contract import Entry, Method, build
+from gossamer.train import Pretrain, pretrain
+
+
+def bench(options: Bench) -> Path:
+    """Train what is missing of a suite, append its rows to `<folder>/rows.jsonl`, and return the folder."""
+    suite, folder = SUITES[options.suite], options.folder
+    entries = options.entries()
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = folder / "rows.jsonl"
+    finished = {row["label"]: row for row in map(json.loads, rows.read_text().splitlines())} if rows.exists() else {}
+    for entry in entries:
+        ratio: float | None = None
+        method, preset_lr = _preset(entry, options.suite)
+        for lr in options.lrs or (preset_lr,):
+            for seed in options.seeds:
+                label = f"{entry.name} lr {lr:g} seed {seed}"
+                config = Pretrain(
+                    method=method,
+                    model=suite.model,
+                    data=suite.data,
+                    out=folder / label.replace(" ", "-"),
+                    resume=True,
+                    steps=options.steps or suite.steps,
+                    batch_size=suite.batch_size,
+                    lr=lr,
+                    eval_every=suite.eval_every,
+                    eval_tokens=suite.eval_tokens,
+                    save_every=suite.eval_every,
+                    keep_last=1,
+                    seed=seed,
+                )
+                if label in finished and finished[label]["config"] == json.loads(json.dumps(config.to_json())):
+                    continue
+                if label in finished:  # made under another configuration: its checkpoints cannot be continued
+                    shutil.rmtree(config.out, ignore_errors=True)
+                ratio = ratio or _step_time_ratio(method, suite.model, options.rounds)
+                row = _row(options.suite, label, entry.name, config, ratio)
+                with rows.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    return folder
+
+
+def _preset(entry: Entry, suite: str) -> tuple[Method, float]:
+    fields = dict(entry.traits[suite])
+    lr = fields.pop("lr")
+    return build(entry.name, **fields), lr
+
+
+def _row(suite: str, label: str, name: str, config: Pretrain[Any], ratio: float) -> dict[str, Any]:
+    result = pretrain(config, label=label)
+    memory = predict(config.model, config.method, dtype=getattr(torch, config.dtype))
+    log = config.out / "log.jsonl"
+    start = json.loads(log.read_text().partition("\n")[0])
+    return {
+        "suite": suite,
+        "label": label,
+        "method": name,
+        "lr": config.lr,
+        "seed": config.seed,
+        "steps": config.steps,
+        "perplexity": result.score.perplexity,
+        "legacy_perplexity": result.score.legacy_perplexity,
+        "eval_tokens": result.score.tokens,
+        "state_bytes": memory.state,
+        "hidden_state_bytes": memory.hidden_state,
+        "weights_bytes": memory.weights,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "step_time_ratio": ratio,
+        "log": str(log.relative_to(config.out.parent)),
+        **{key: start[key] for key in ("config", "versions", "hardware", "commit", "time")},
+    }
+
+
+def _step_time_ratio(method: Method, model: str, rounds: int) -> float:
+    return step_time_ratio(
+        lambda: build_model(resolve_config(model), dtype=torch.float32, device="cpu", seed=0), method, rounds=rounds
+    )

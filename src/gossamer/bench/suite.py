@@ -1,0 +1,77 @@
+"""What is compared: a model, data, a length; the methods bring their own presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from gossamer.data import DataConfig
+from gossamer.errors import UserError, nearest
+from gossamer.optim.contract import Entry, methods
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What every run of a benchmark shares."""
+
+    model: str
+    data: DataConfig
+    steps: int
+    batch_size: int
+    eval_tokens: int
+    eval_every: int
+
+
+SUITES = {
+    # a Llama with d = 128 on the standard library's text: minutes on two cores, 1.3 epochs
+    "quick": Suite("tiny", DataConfig(seq_len=128), steps=400, batch_size=16, eval_tokens=100_000, eval_every=100),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Train every method that has a preset for the suite, one after the other, and compare them.
+
+    Finished runs are kept in `rows.jsonl`: the same command again trains only what is missing.
+    """
+
+    suite: Annotated[Literal["quick"], tyro.conf.Positional] = "quick"
+    """Model, data and length."""
+    out: Path | None = None
+    """Folder of the runs and the report; None: runs/<suite>."""
+    methods: tuple[str, ...] = ()
+    """Which methods; none named: all that have a preset. `adamw`, the reference, always runs."""
+    lrs: tuple[float, ...] = ()
+    """Learning rates to try for every method; none given: each method's preset."""
+    seeds: tuple[int, ...] = (0,)
+    """One run for each."""
+    steps: int | None = None
+    """Instead of the suite's."""
+    rounds: int = 20
+    """Pairs of steps, ours and torch's, by which the step time is compared."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"steps: {self.steps} is too small; allowed: an integer >= 1")
+        if any(lr <= 0 for lr in self.lrs):
+            raise UserError(f"lrs: {min(self.lrs)} is not positive; allowed: numbers > 0")
+        if not self.seeds or self.rounds < 1:
+            raise UserError(f"seeds: {self.seeds}, rounds: {self.rounds}; allowed: at least one of each")
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / self.suite
+
+    def entries(self) -> list[Entry]:
+        """The methods to run, the reference first."""
+        known = {name: entry for name, entry in methods().items() if self.suite in entry.traits}
+        for name in self.methods:
+            if name not in known:
+                raise UserError(
+                    f"methods: {name!r} has no preset for {self.suite}{nearest(name, known)}; known: {', '.join(known)}"
+                )
+        chosen = {"adamw", *self.methods} if self.methods else set(known)
+        return sorted((known[name] for name in chosen), key=lambda entry: (entry.name != "adamw", entry.name))

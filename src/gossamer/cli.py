@@ -1,0 +1,205 @@
+"""The command line: the library's dataclasses as options. Bad input is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import gossamer
+from gossamer.bench import Bench, bench, summary_table, write_report
+from gossamer.errors import UserError, nearest
+from gossamer.memory import predict
+from gossamer.optim.contract import Method, entry_of, find, methods
+from gossamer.optim.optimizer import num_bytes
+from gossamer.train import Pretrain, pretrain
+
+M = TypeVar("M", bound=Method)
+Options = TypeVar("Options")
+
+DEFAULT_METHOD = "lora-pre-stable"
+
+
+@dataclass(frozen=True)
+class MemoryOptions(Generic[M]):
+    """Predict what training takes, beside AdamW, without taking it."""
+
+    method: M
+    """How hidden matrices are trained; everything else is trained by AdamW."""
+    model: str = "1b"
+    """A size (tiny, 9m .. 13b), or a Hugging Face config.json or a folder with one."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights and gradients. Optimizer state is fp32 either way."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Make one self-contained page of all runs below a folder."""
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    """A benchmark's or a run's folder."""
+
+
+@dataclass(frozen=True)
+class MethodsOptions:
+    """List every method: state, defaults, paper."""
+
+
+def run_pretrain(argv: list[str]) -> None:
+    options = _parse_with_method(Pretrain, "pretrain", argv)
+    pretrain(options)
+    print(f"{options.out / 'log.jsonl'}")
+
+
+def run_bench(argv: list[str]) -> None:
+    options = _parse(Bench, "bench", argv)
+    folder = bench(options)
+    Console().print(summary_table(folder))
+    print(write_report(folder))
+
+
+def run_report(argv: list[str]) -> None:
+    options = _parse(ReportOptions, "report", argv)
+    print(write_report(options.directory))
+
+
+def run_memory(argv: list[str]) -> None:
+    options = _parse_with_method(MemoryOptions, "memory", argv)
+    dtype = getattr(torch, options.dtype)
+    name = entry_of(options.method).name
+    mine, dense = (predict(options.model, m, dtype=dtype) for m in (options.method, gossamer.AdamW()))
+    table = Table(title=f"{options.model}, {mine.parameters:,} parameters, {options.dtype}; bytes")
+    for column, justify in (
+        ("group", "left"),
+        ("method", "left"),
+        ("parameters", "right"),
+        ("weights", "right"),
+        ("gradients", "right"),
+        ("optimizer state", "right"),
+    ):
+        table.add_column(column, justify=justify, no_wrap=column != "group")  # pyright: ignore
+    for line in mine.lines:
+        sizes = (line.parameters, line.weights, line.gradients, line.state)
+        table.add_row(line.group, line.method, *(f"{size:,}" for size in sizes))
+    counters = sum(line.counters for line in mine.lines)
+    table.add_row("step counters", "", "", "", "", f"{counters:,}", end_section=True)
+    for label, memory in ((f"total with {name}", mine), ("total with adamw", dense)):
+        sizes = (memory.parameters, memory.weights, memory.gradients, memory.state)
+        table.add_row(label, "", *(f"{size:,}" for size in sizes))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    totals = [memory.weights + memory.gradients + memory.state for memory in (mine, dense)]
+    print(
+        f"weights + gradients + state: {totals[0] / 2**30:.2f} GiB with {name}, "
+        f"{totals[1] / 2**30:.2f} GiB with adamw; "
+        f"state of hidden matrices {mine.hidden_state / max(dense.hidden_state, 1):.1%} of adamw's"
+    )
+
+
+def run_methods(argv: list[str]) -> None:
+    _parse(MethodsOptions, "methods", argv)
+    shape = (4096, 11008)
+    matrix = torch.empty(shape, device="meta")
+    table = Table(title=f"state: of a {shape[0]} x {shape[1]} fp32 matrix at the defaults, as a part of adamw's")
+    for column in ("method", "state", "defaults", "what it is", "paper"):
+        table.add_column(column, no_wrap=column == "method")
+    dense = num_bytes(gossamer.AdamW().init(matrix).values())
+    for entry in methods().values():
+        method = entry.cls()
+        defaults = ", ".join(f"{field}={getattr(method, field)!r}" for field in method.__dataclass_fields__)
+        part = num_bytes(method.init(matrix).values()) / dense
+        table.add_row(entry.name, f"{part:.1%}", defaults, entry.summary, entry.paper)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "pretrain": (run_pretrain, "train a causal language model from scratch"),
+    "bench": (run_bench, "train every method on the same data and compare them"),
+    "report": (run_report, "make the page of runs that are there"),
+    "memory": (run_memory, "predict what training takes"),
+    "methods": (run_methods, "list every optimizer"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: gossamer COMMAND [OPTIONS]\n")
+        print("\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()))
+        print("\n`gossamer COMMAND --help` lists its options.")
+        return 0
+    if argv[0] == "--version":
+        print(gossamer.__version__)
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; known: {', '.join(COMMANDS)}")
+        COMMANDS[argv[0]][0](argv[1:])
+    except UserError as error:
+        print(f"gossamer: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gossamer: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse_with_method(options: Any, command: str, argv: list[str]) -> Any:
+    """Parse `--method NAME` first: it decides which `--method.*` options there are."""
+    name, rest = DEFAULT_METHOD, []
+    words = iter(argv)
+    for word in words:
+        if word == "--method" or word.startswith("--method="):
+            value = word.partition("=")[2] or next(words, "")
+            if not value:
+                raise UserError(f"method: no name given; known: {', '.join(methods())}")
+            name = value
+        else:
+            rest.append(word)
+    entry = find(name)
+    hint = (
+        f"--method NAME is one of {', '.join(methods())} (default: {DEFAULT_METHOD}) and brings the --method.* options."
+    )
+    return _parse(options[entry.cls], command, rest, f"{options.__doc__}\n\n{hint}")
+
+
+def _parse(options: Callable[..., Options], command: str, argv: list[str], description: str | None = None) -> Options:
+    """tyro's parser, with its panel of an error made one line."""
+    caught = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    try:
+        with contextlib.redirect_stderr(caught):
+            if not {"-h", "--help"} & set(argv):
+                os.environ["COLUMNS"] = "1000"  # else tyro wraps its message at the terminal's width
+            return tyro.cli(options, args=argv, prog=f"gossamer {command}", description=description)
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise UserError(f"{command}: {_one_line(caught.getvalue())}") from None
+    finally:
+        if columns is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = columns
+
+
+def _one_line(panel: str) -> str:
+    """The message of tyro's error panel, and the option it suggests."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in panel.splitlines()]
+    lines = [line for line in lines if line.strip("-")][1:]  # without frames, rules and the title
+    message = lines[0] if lines else "cannot read the command line"
+    suggestions = [line.split()[0] for line in lines if line.startswith("--")]
+    if message.startswith("Unrecognized") and suggestions:
+        return f"{message} (did you mean {suggestions[0]}?)"
+    return message
