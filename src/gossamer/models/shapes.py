@@ -85,7 +85,9 @@ def resolve_config(model: str) -> PretrainedConfig:
         raise UserError(f"model: {file} is not a model configuration: {str(error).splitlines()[0]}") from error
 
 
-def build_model(config: PretrainedConfig, *, dtype: torch.dtype, device: str | torch.device, seed: int) -> PreTrainedModel:
+def build_model(
+    config: PretrainedConfig, *, dtype: torch.dtype, device: str | torch.device, seed: int
+) -> PreTrainedModel:
     """A freshly initialised causal language model; the global random state is left as it was.
 
     Args:

@@ -10,7 +10,12 @@ from gossamer.optim import rules, stores
 from gossamer.optim.contract import Context, State, check_adam, register
 
 
-@register("adamw", paper="Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101", matrix_only=False, quick={"lr": 4e-3})
+@register(
+    "adamw",
+    paper="Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101",
+    matrix_only=False,
+    quick={"lr": 4e-3, "betas": (0.9, 0.95)},
+)
 @dataclass(frozen=True)
 class AdamW:
     """Dense first and second moments: the reference for memory and for quality.

@@ -86,8 +86,7 @@ class LoRAPre:
         largest = torch.finfo(grad.dtype).max
         m = torch.addmm(grad, state["m_B"], state["m_A"], beta=1 - beta1, alpha=beta1).clamp_(-largest, largest)
         tracked = state["v_B"] @ state["v_A"]
-        self._advance_(state, "m", grad, gamma1)
-        self._advance_(state, "v", grad.abs(), gamma2)
+        self._advance_(state, grad, gamma1, gamma2)
 
         if self.bias_correction == "paper":
             v = tracked.square_().mul_(beta2).addcmul_(grad, grad, value=1 - beta2).div_(1 - beta2**t)
@@ -98,18 +97,21 @@ class LoRAPre:
         direction = rules.adam(m.div_(1 - beta1**t), v, self.eps).mul_(self.scale)
         return direction.clamp_(-(largest**0.5), largest**0.5)
 
-    def _advance_(self, state: State, name: str, target: Tensor, gamma: float) -> None:
-        """One block-Newton step of B A towards `target` (m, n): Theorem 3.1, equations 11 and 12."""
-        b, a = state[f"{name}_B"], state[f"{name}_A"]
-        relative = self.damping_mode == "relative"
-        new_b = b.lerp(target @ damped_pinv(a.mT, self.damping, relative=relative).mT, gamma)
-        basis = new_b if self.updates == "sequential" else b
-        new_a = a.lerp(damped_pinv(basis, self.damping, relative=relative) @ target, gamma)
-
-        silent = (target == 0).all()
-        sound = new_b.isfinite().all() & new_a.isfinite().all()
-        b.copy_(torch.where(silent, (1 - gamma) ** 2 * b, torch.where(sound, new_b, b)))
-        a.copy_(torch.where(sound & ~silent, new_a, a))
+    def _advance_(self, state: State, grad: Tensor, gamma1: float, gamma2: float) -> None:
+        """One block-Newton step of both products, towards g and |g|: Theorem 3.1, equations 11 and 12."""
+        relative, silent = self.damping_mode == "relative", (grad == 0).all()
+        new: State = {}
+        for name, target, gamma in (("m", grad, gamma1), ("v", grad.abs(), gamma2)):
+            b, a = state[f"{name}_B"], state[f"{name}_A"]
+            new_b = b.lerp(target @ damped_pinv(a.mT, self.damping, relative=relative).mT, gamma)
+            basis = new_b if self.updates == "sequential" else b
+            new_a = a.lerp(damped_pinv(basis, self.damping, relative=relative) @ target, gamma)
+            new[f"{name}_B"] = torch.where(silent, (1 - gamma) ** 2 * b, new_b)
+            new[f"{name}_A"] = torch.where(silent, a, new_a)
+        # all four or none: a first moment that saw a gradient which the second did not would be divided by too little
+        sound = torch.stack([factor.isfinite().all() for factor in new.values()]).all()
+        for name, factor in new.items():
+            state[name].copy_(torch.where(sound, factor, state[name]))
 
 
 @register("lora-pre-stable", paper=f"{PAPER}; stabilised here", quick={"lr": 4e-3, "rank": 32})

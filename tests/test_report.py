@@ -1,0 +1,235 @@
+"""The benchmark report: its numbers, what it does with broken logs, and the page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gossamer.bench.report import load, summary_table, write_report
+from gossamer.errors import UserError
+
+MIB = 2**20
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def start(method: str, lr: float, seed: int, label: str = "", state: float = 8.0) -> dict[str, Any]:
+    memory = {"weights": MIB, "gradients": MIB, "state": state * MIB, "hidden_state": state / 2 * MIB}
+    return {
+        "event": "start",
+        "time": "2026-01-02T03:04:05Z",
+        "label": label or f"{method} lr {lr} seed {seed}",
+        "method": method,
+        "config": {"model": {"name": "tiny"}, "optimizer": {"lr": lr}, "seed": seed},
+        "versions": {"torch": "2.11.0"},
+        "hardware": {"cpu": "a cpu", "cores": 2, "accelerator": None},
+        "commit": "abc1234",
+        "parameters": 1_500_000,
+        "memory": memory,
+        "data": {"name": "stories"},
+    }
+
+
+def train(step: int, loss: float | None = 3.0) -> dict[str, Any]:
+    return {"event": "train", "step": step, "loss": loss, "lr": 1e-3, "tokens": step * 10, "seconds": step / 10}
+
+
+def evaluation(step: int, loss: float) -> dict[str, Any]:
+    return {"event": "eval", "step": step, "loss": loss, "perplexity": math.exp(loss), "tokens": 4096}
+
+
+def end(perplexity: float | None, seconds: float = 10.0) -> dict[str, Any]:
+    outcome = {"perplexity": perplexity, "legacy_perplexity": perplexity, "eval_tokens": 4096}
+    return {"event": "end", "step": 100, "seconds": seconds, "tokens_per_second": 1234.0} | outcome
+
+
+def write_run(
+    root: Path, method: str, lr: float, seed: int, perplexity: float | None, state: float = 8.0, label: str = ""
+) -> Path:
+    events = [start(method, lr, seed, label, state), *(train(step, 3 + 4 / step) for step in range(1, 101))]
+    events += [evaluation(50, 3.1), {"event": "restart", "step": 60}, evaluation(100, 3.0), end(perplexity)]
+    return write_lines(root / f"{method}-{lr}-{seed}" / "log.jsonl", events)
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Path:
+    """AdamW at two rates and a thinner method at one, two seeds each."""
+    for seed, (slow, fast) in enumerate([(30.0, 20.0), (32.0, 22.0)]):
+        write_run(tmp_path, "adamw", 0.001, seed, slow)
+        write_run(tmp_path, "adamw", 0.002, seed, fast)
+        write_run(tmp_path, "thin", 0.004, seed, slow + fast - 31.5, state=2.0)
+    return tmp_path
+
+
+def page(directory: Path) -> str:
+    """The page without the plotting library."""
+    text = write_report(directory).read_text(encoding="utf-8")
+    return re.sub(r"<script>/\*\*.*?</script>", "", text, flags=re.DOTALL)
+
+
+def cells(directory: Path) -> list[list[str]]:
+    """The texts of the results table."""
+    body = page(directory).split('class="results"')[1].split("<tbody>")[1].split("</tbody>")[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", body, flags=re.DOTALL)
+    texts = [re.findall(r"<(?:th|td)\b[^>]*>(.*?)</(?:th|td)>", row, flags=re.DOTALL) for row in rows]
+    return [[re.sub(r"<[^>]+>", " ", text).replace("\xa0", " ").strip() for text in row] for row in texts]
+
+
+def test_best_rate_mean_sd_and_ratios(benchmark: Path) -> None:
+    thin, adamw = cells(benchmark)
+    # thin: 18.5 and 22.5; adamw at 0.002: 20 and 22, ahead of 31 at 0.001.
+    assert thin[:4] == ["thin", "0.004 of 1 rate, 2 seeds", "20.50 ± 2.83", "0.976"]
+    assert adamw[:4] == ["adamw", "0.002 of 2 rates, 2 seeds", "21.00 ± 1.41", "1.000"]
+    assert thin[4:] == ["2.00", "0.25", "1.00", "0.25", "–", "10.0", "1,234", "20.50"]
+    text = page(benchmark).replace("\xa0", " ")
+    assert "6 finished runs of 2 methods, training the tiny model (1.5 million parameters), on stories." in text
+    assert "<b>20.50 ± 2.83</b>, is that of <b>thin</b> at learning rate 0.004." in text
+    assert "AdamW, reaches 21.00 ± 1.41 at 0.002." in text
+
+
+def test_terminal_table_says_the_same(benchmark: Path) -> None:
+    table = summary_table(benchmark)
+    columns = [[str(cell).replace("\xa0", " ") for cell in column.cells] for column in table.columns]
+    assert [column[0] for column in columns] == ["thin", "0.004", "20.50 ± 2.83", "0.976", "1.00 / 2.00", "–", "10.0"]
+
+
+def test_one_seed_has_no_sd_and_no_baseline_no_ratio(tmp_path: Path) -> None:
+    write_run(tmp_path, "thin", 0.001, 0, 1234.5)
+    assert cells(tmp_path)[0][:4] == ["thin", "0.001 of 1 rate, 1 seed", "1,234", "–"]
+
+
+def test_directory_of_a_single_run(tmp_path: Path) -> None:
+    write_lines(tmp_path / "log.jsonl", [start("adamw", 0.001, 0), train(1), end(20.0)])
+    assert cells(tmp_path)[0][2] == "20.00"
+
+
+def test_a_diverged_seed_disqualifies_its_rate(tmp_path: Path) -> None:
+    write_run(tmp_path, "adamw", 0.001, 0, 30.0)
+    write_run(tmp_path, "adamw", 0.002, 0, 20.0)
+    write_run(tmp_path, "adamw", 0.002, 1, None)
+    write_run(tmp_path, "wild", 0.002, 0, None)
+    adamw, wild = cells(tmp_path)
+    assert adamw[1:3] == ["0.001 of 2 rates, 1 seed", "30.00"]
+    assert wild[2:4] == ["diverged", "–"]
+
+
+def test_torn_last_line_is_an_unfinished_run(tmp_path: Path) -> None:
+    log = write_lines(tmp_path / "a" / "log.jsonl", [start("adamw", 0.001, 0), train(1), train(1200)])
+    with log.open("a") as file:
+        file.write('{"event":"train","step":13')
+    assert cells(tmp_path)[0][2] == "unfinished, step 1,200"
+    assert "Did not finish: adamw lr 0.001 seed 0 (step 1,200)." in page(tmp_path)
+
+
+def test_unfinished_run_does_not_count(benchmark: Path) -> None:
+    write_lines(benchmark / "killed" / "log.jsonl", [start("adamw", 0.002, 2), train(70)])
+    assert cells(benchmark)[1][1:3] == ["0.002 of 2 rates, 2 seeds", "21.00 ± 1.41"]
+    assert "1 more run did not finish." in page(benchmark)
+
+
+@pytest.mark.parametrize("broken", ['{"event":"tr', "[1]", '{"event":"train","step":2}', '{"step":2}'])
+def test_broken_middle_line_is_named(tmp_path: Path, broken: str) -> None:
+    log = write_lines(tmp_path / "log.jsonl", [start("adamw", 0.001, 0)])
+    with log.open("a") as file:
+        file.write(f"{broken}\n{json.dumps(train(3))}\n")
+    with pytest.raises(UserError, match=re.escape(f"{log}, line 2: ")):
+        load(tmp_path)
+
+
+def test_resumed_steps_replace_the_lost_ones(tmp_path: Path) -> None:
+    events = [start("adamw", 0.001, 0), train(10, 5.0), train(20, 4.0), train(30, 9.0)]
+    events += [{"event": "resume", "step": 20}, train(30, 3.0), end(20.0)]
+    write_lines(tmp_path / "log.jsonl", events)
+    assert load(tmp_path)[0].runs[0].train == ((10, 5.0), (20, 4.0), (30, 3.0))
+
+
+def test_last_row_of_a_label_wins(tmp_path: Path) -> None:
+    def row(perplexity: float, log: Path) -> dict[str, Any]:
+        outcome = {"perplexity": perplexity, "step_time_ratio": 1.25, "state_bytes": 3 * MIB, "lr": 0.001, "seed": 0}
+        name = log.relative_to(tmp_path).as_posix()
+        return {"suite": "quick", "label": "thin one", "method": "thin", "steps": 100, "log": name} | outcome
+
+    logs = [write_run(tmp_path / attempt, "thin", 0.001, 0, 50.0) for attempt in ("first", "second")]
+    write_lines(tmp_path / "rows.jsonl", [row(40.0, logs[0]), row(25.0, logs[1])])
+    (method,) = load(tmp_path)
+    assert [run.perplexity for run in method.runs] == [25.0]
+    assert method.runs[0].evals  # its log is still read, for the curves
+    assert cells(tmp_path)[0][2:9] == ["25.00", "–", "3.00", "–", "4.00", "–", "1.25"]
+    assert "<h1>Gossamer benchmark: quick</h1>" in page(tmp_path)
+
+
+def test_no_log_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        write_report(tmp_path)
+
+
+def test_page_escapes_text_loads_nothing_and_is_deterministic(benchmark: Path) -> None:
+    write_run(benchmark, "adamw", 0.002, 3, 21.0, label="<script>alert(1)</script>")
+    write_lines(benchmark / "odd" / "log.jsonl", [start("<script>m</script>", 0.1, 0), train(5)])
+    text = page(benchmark)
+    assert "<script>alert" not in text and "<script>m" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(""", text)
+    assert text == page(benchmark)
+
+
+# Runs inside the report, framed at a phone's width: brings in a hidden learning rate, measures, tells the frame.
+PROBE = """<script>
+addEventListener("load", () => {
+  const count = (selector) => document.querySelectorAll(selector).length;
+  const before = count("#loss .scatterlayer .trace");
+  document.querySelector('.key button[aria-pressed="false"]').click();
+  setTimeout(() => parent.postMessage({
+    width: innerWidth, content: document.documentElement.scrollWidth, before,
+    after: count("#loss .scatterlayer .trace"), memory: count("#memory .scatterlayer .trace"),
+    rates: count("#rates .scatterlayer .trace"), drawn: count(".plot .main-svg .xtick"),
+  }, "*"), 500);
+});
+</script></body>"""
+FRAME = """<!doctype html><pre></pre><iframe src="probed.html" style="width:390px;height:800px;border:0"></iframe>
+<script>addEventListener("message", (event) => document.querySelector("pre").textContent = JSON.stringify(event.data))
+</script>"""
+
+
+def chromium(address: str, profile: Path) -> tuple[str, str]:
+    """The page's document once its scripts have run, and what it wrote to the console."""
+    assert BROWSER
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}"]
+    flags += ["--enable-logging=stderr", "--v=0", "--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run([BROWSER, *flags, address], capture_output=True, text=True, timeout=90, check=True)
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+def test_in_a_browser_on_a_phone(benchmark: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    # A long name must scroll or wrap rather than widen the page.
+    write_run(benchmark, "a-method-with-quite-a-long-name-for-a-phone", 0.002, 0, 25.0)
+    report = write_report(benchmark).read_text(encoding="utf-8")
+    (benchmark / "probed.html").write_text(report.replace("</body>", PROBE), encoding="utf-8")
+    frame = benchmark / "frame.html"
+    frame.write_text(FRAME, encoding="utf-8")
+    document, console = chromium(frame.as_uri(), tmp_path_factory.mktemp("profile"))
+    assert console == ""
+    found = re.search(r"<pre>(\{.*?\})</pre>", document)
+    assert found, document[:500]
+    probe = json.loads(found[1])
+    assert probe["content"] <= probe["width"] == 390
+    assert probe["drawn"] >= 6
+    # Two runs of thin, two of adamw at its best rate, one of the long name: a line, points and marks each.
+    assert probe["before"] == 15
+    assert probe["after"] == 21  # and adamw's two at its other rate
+    assert (probe["memory"], probe["rates"]) == (3, 3)
