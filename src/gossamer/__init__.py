@@ -8,6 +8,7 @@ print(opt.plan())
 from gossamer.errors import UserError
 from gossamer.optim import *  # noqa: F403
 from gossamer.optim import __all__ as _optim
+from gossamer.optim.contract import methods
 
 __version__ = "0.1.0"
-__all__ = ["UserError", *_optim]
+__all__ = ["UserError", "methods", *_optim]

@@ -1,6 +1,6 @@
 """The optimizers: methods, the groups they train, and the driver."""
 
-from gossamer.optim.contract import Context, Entry, Method, State, methods, register
+from gossamer.optim.contract import Context, Entry, Method, State, register
 from gossamer.optim.groups import param_groups
 from gossamer.optim.methods.adamw import AdamW
 from gossamer.optim.methods.lora_pre import LoRAPre, LoRAPreStable
@@ -17,7 +17,6 @@ __all__ = [
     "Plan",
     "PlanRow",
     "State",
-    "methods",
     "param_groups",
     "register",
 ]

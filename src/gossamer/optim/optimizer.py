@@ -111,22 +111,24 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group at any time; it is checked, named and completed with the defaults."""
-        group = dict(param_group)
+        group, index = dict(param_group), len(self.param_groups)
         group.setdefault("method", default_fallback())
-        super().add_param_group(group)
+        params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        if "param_names" not in group:  # torch reads (name, parameter) pairs
+            params = [p if isinstance(p, tuple) else (f"group.{index}.{i}", p) for i, p in enumerate(params)]
+        super().add_param_group({**group, "params": params})
         try:
-            self._check(self.param_groups[-1], index=len(self.param_groups) - 1)
+            self._check(self.param_groups[-1])
         except UserError:
             self.param_groups.pop()
             raise
 
-    def _check(self, group: dict[str, Any], index: int) -> None:
+    def _check(self, group: dict[str, Any]) -> None:
         if float(group["lr"]) < 0 or group["weight_decay"] < 0:
             raise UserError(
                 f"Optimizer: lr is {float(group['lr'])}, weight_decay is {group['weight_decay']}; allowed: numbers >= 0"
             )
         contract.check_choice("Optimizer", rounding=(group["rounding"], ("stochastic", "nearest")))
-        group.setdefault("param_names", [f"group.{index}.{i}" for i in range(len(group["params"]))])
         group.setdefault("why", ["given"] * len(group["params"]))
         for name, param in zip(group["param_names"], group["params"], strict=True):
             if not param.is_floating_point() or param.is_sparse:

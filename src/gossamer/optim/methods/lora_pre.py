@@ -109,7 +109,8 @@ class LoRAPre:
             new[f"{name}_B"] = torch.where(silent, (1 - gamma) ** 2 * b, new_b)
             new[f"{name}_A"] = torch.where(silent, a, new_a)
         # all four or none: a first moment that saw a gradient which the second did not would be divided by too little
-        sound = torch.stack([factor.isfinite().all() for factor in new.values()]).all()
+        bounds = [new[f"{x}_B"].abs().amax() * new[f"{x}_A"].abs().amax() * new["m_B"].shape[1] for x in "mv"]
+        sound = torch.stack(bounds).isfinite().all()  # no entry of a product can overflow either
         for name, factor in new.items():
             state[name].copy_(torch.where(sound, factor, state[name]))
 
