@@ -1,0 +1,28 @@
+# `make demo` and `make test` do all the set-up: a virtual environment in .venv, under the pins of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# tests run side by side, one a core; a thread pool in each would fight over the cores
+TEST_ENV := OMP_NUM_THREADS=1
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	$(BIN)/gossamer bench quick --out runs/demo
+
+test: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+		{ echo "gossamer: 'python3 -m venv' failed; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv
