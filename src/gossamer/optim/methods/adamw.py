@@ -14,7 +14,7 @@ from gossamer.optim.contract import Context, State, check_adam, register
     "adamw",
     paper="Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101",
     matrix_only=False,
-    quick={"lr": 4e-3, "betas": (0.9, 0.95)},
+    quick={"lr": 2e-3, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class AdamW:

@@ -16,7 +16,7 @@ from gossamer.optim.contract import Context, State, check_adam, check_choice, ch
 PAPER = "Wang et al., Taming Momentum, ICLR 2026, arXiv 2602.24283"
 
 
-@register("lora-pre", paper=PAPER, quick={"lr": 2e-3, "rank": 32})
+@register("lora-pre", paper=PAPER, quick={"lr": 2e-3, "rank": 32, "scale": 0.25})
 @dataclass(frozen=True)
 class LoRAPre:
     """Both of Adam's moments as products of rank-r factors, advanced by one block-Newton step: Algorithm 1 as printed.
@@ -115,7 +115,7 @@ class LoRAPre:
             state[name].copy_(torch.where(sound, factor, state[name]))
 
 
-@register("lora-pre-stable", paper=f"{PAPER}; stabilised here", quick={"lr": 4e-3, "rank": 32})
+@register("lora-pre-stable", paper=f"{PAPER}; stabilised here", quick={"lr": 2e-3, "rank": 32, "scale": 0.25})
 @dataclass(frozen=True)
 class LoRAPreStable(LoRAPre):
     """LoRA-Pre with sequential updates, relative damping and a second moment whose weights sum to one.
