@@ -6,9 +6,36 @@ print(opt.plan())
 """
 
 from gossamer.errors import UserError
-from gossamer.optim import *  # noqa: F403
-from gossamer.optim import __all__ as _optim
+from gossamer.optim import (
+    AdamW,
+    Context,
+    Entry,
+    LoRAPre,
+    LoRAPreStable,
+    Method,
+    Optimizer,
+    Plan,
+    PlanRow,
+    State,
+    param_groups,
+    register,
+)
 from gossamer.optim.contract import methods
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "methods", *_optim]
+__all__ = [
+    "AdamW",
+    "Context",
+    "Entry",
+    "LoRAPre",
+    "LoRAPreStable",
+    "Method",
+    "Optimizer",
+    "Plan",
+    "PlanRow",
+    "State",
+    "UserError",
+    "methods",
+    "param_groups",
+    "register",
+]

@@ -46,7 +46,7 @@ class MemoryOptions(Generic[M]):
 class ReportOptions:
     """Make one self-contained page of all runs below a folder."""
 
-    directory: Annotated[Path, tyro.conf.Positional]
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="directory")]
     """A benchmark's or a run's folder."""
 
 
@@ -149,6 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"gossamer: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder that cannot be written: wherever it strikes
+        print(f"gossamer: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("gossamer: interrupted", file=sys.stderr)
         return 130
@@ -199,7 +202,11 @@ def _one_line(panel: str) -> str:
     lines = [line.strip("│╭╮╰╯─ ") for line in panel.splitlines()]
     lines = [line for line in lines if line.strip("-")][1:]  # without frames, rules and the title
     message = lines[0] if lines else "cannot read the command line"
+    if message.endswith(":") and len(lines) > 1:
+        message = f"{message} {lines[1]}"
     suggestions = [line.split()[0] for line in lines if line.startswith("--")]
     if message.startswith("Unrecognized") and suggestions:
         return f"{message} (did you mean {suggestions[0]}?)"
+    if message.startswith("Unrecognized options: --met"):
+        return f"{message} (did you mean --method?)"  # read before tyro, which does not know of it
     return message

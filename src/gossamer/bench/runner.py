@@ -11,6 +11,7 @@ import torch
 
 from gossamer.bench.suite import SUITES, Bench
 from gossamer.bench.timing import step_time_ratio
+from gossamer.errors import UserError
 from gossamer.memory import predict
 from gossamer.models import build_model, resolve_config
 from gossamer.optim.contract import Entry, Method, build
@@ -23,7 +24,7 @@ def bench(options: Bench) -> Path:
     entries = options.entries()
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "rows.jsonl"
-    finished = {row["label"]: row for row in map(json.loads, rows.read_text().splitlines())} if rows.exists() else {}
+    finished = _finished(rows)
     for entry in entries:
         ratio: float | None = None
         method, preset_lr = _preset(entry, options.suite)
@@ -45,7 +46,7 @@ def bench(options: Bench) -> Path:
                     keep_last=1,
                     seed=seed,
                 )
-                if label in finished and finished[label]["config"] == json.loads(json.dumps(config.to_json())):
+                if label in finished and _same(finished[label]["config"], config):
                     continue
                 if label in finished:  # made under another configuration: its checkpoints cannot be continued
                     shutil.rmtree(config.out, ignore_errors=True)
@@ -54,6 +55,27 @@ def bench(options: Bench) -> Path:
                 with rows.open("a") as file:
                     file.write(json.dumps(row) + "\n")
     return folder
+
+
+def _finished(path: Path) -> dict[str, dict[str, Any]]:
+    """The last row of each label. A last line torn by a kill is cut off; its run is trained again."""
+    rows: dict[str, dict[str, Any]] = {}
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: not a JSON object") from error
+            path.write_text("".join(lines[:-1]))
+        else:
+            rows[row["label"]] = row
+    return rows
+
+
+def _same(saved: dict[str, Any], config: Pretrain[Any]) -> bool:
+    """Whether a run was made under this configuration, whatever its folder is called."""
+    return {**saved, "out": None} == {**json.loads(json.dumps(config.to_json())), "out": None}
 
 
 def _preset(entry: Entry, suite: str) -> tuple[Method, float]:

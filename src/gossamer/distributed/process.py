@@ -58,7 +58,9 @@ class World:
 
 def start(device: str) -> World:
     """Join the processes that `torchrun` started, if it did. `device` is "auto", "cpu" or "cuda"."""
-    use_cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: {device!r} is unknown; allowed: auto, cpu, cuda")
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise UserError(f"device: {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -53,7 +53,7 @@ def resolve_config(model: str) -> PretrainedConfig:
     Raises:
         UserError: neither a known name nor a readable configuration.
     """
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     if shape := SHAPES.get(model):
         return LlamaConfig(
@@ -80,9 +80,13 @@ def resolve_config(model: str) -> PretrainedConfig:
         )
     try:
         values = json.loads(file.read_text())
-        return AutoConfig.for_model(**values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"model: {file} is not a model configuration: {str(error).splitlines()[0]}") from error
+        config = AutoConfig.for_model(**values)
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise ValueError(f"{config.model_type} has no causal language model")
+        return config
+    except Exception as error:  # whatever the configuration's own checks raise: it is the user's file
+        reason = " ".join(str(error).split())
+        raise UserError(f"model: {file} is not a model configuration: {reason}") from error
 
 
 def build_model(
@@ -99,4 +103,7 @@ def build_model(
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.to(dtype=dtype)
+    model.config.dtype = dtype  # so that what is saved is loaded as it was
+    for param in model.parameters():  # not the buffers: rotary frequencies rounded to bf16 turn positions askew
+        param.data = param.data.to(dtype)
+    return model

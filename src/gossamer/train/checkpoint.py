@@ -72,6 +72,9 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint: cannot save step {step} in {self.folder}: {_first_line(error)}; {self.last_good()}"
             ) from error
+        for path in self.steps():
+            if path.name > final.name:  # the run was continued from before it: it is damaged, or about to be made again
+                shutil.rmtree(path)
         for old in self.steps()[: -self.keep_last]:
             shutil.rmtree(old)
         return final

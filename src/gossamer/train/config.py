@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -73,10 +74,12 @@ class Pretrain(Generic[M]):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is too small; allowed: an integer >= 1")
         for name in ("eval_every", "save_every", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}: {getattr(self, name)} is negative; allowed: >= 0")
-        if self.lr <= 0:
-            raise UserError(f"lr: {self.lr} is not positive; allowed: > 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name}: {getattr(self, name)} is out of range; allowed: finite numbers >= 0")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"lr: {self.lr} is out of range; allowed: finite numbers > 0")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed: {self.seed} is out of range; allowed: 0 to 2^63 - 1")
         for name in ("warmup", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}: {getattr(self, name)} is not a part; allowed: 0 to 1")

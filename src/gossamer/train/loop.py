@@ -58,6 +58,7 @@ class Run:
 
     def __init__(self, config: Pretrain[Any], world: World, label: str, quiet: bool) -> None:
         self.config, self.world, self.label = config, world, label
+        torch.manual_seed(config.seed)  # for models with dropout; nothing of ours draws from the global state
         self.corpus = open_corpus(config.data, train_tokens=config.steps * config.batch_size * config.data.seq_len)
         self.model = _model(config, self.corpus, world)
         self.replica = world.parallel(torch.compile(self.model) if config.compile else self.model)  # pyright: ignore
@@ -94,7 +95,7 @@ class Run:
                     score = self._evaluate()
                 if last or (config.save_every and self.done % config.save_every == 0):
                     self._save()
-            return self._end(score or self._evaluate())
+            return self._end(score or self._score())
         finally:
             self.display.close()
             if self.log is not None:
@@ -174,8 +175,8 @@ class Run:
         self.tokens += count
         return loss, norm, lr
 
-    def _evaluate(self) -> Score:
-        score = evaluate(
+    def _score(self) -> Score:
+        return evaluate(
             self.model,
             self.corpus.valid,
             tokens=self.config.eval_tokens,
@@ -183,6 +184,9 @@ class Run:
             micro_batch_size=self.micro,
             world=self.world,
         )
+
+    def _evaluate(self) -> Score:
+        score = self._score()
         self._say("eval", **_numbers(score), tokens=score.tokens, batches=score.batches)
         self.display.say(
             f"step {self.done}: validation perplexity {score.perplexity:.3f} over {score.tokens:,} tokens "

@@ -1,0 +1,186 @@
+"""What the commands print, and a benchmark that trains nothing twice."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gossamer
+from gossamer.bench import SUITES, Suite, runner
+from gossamer.cli import main
+from gossamer.data import DataConfig
+from gossamer.memory import predict
+from gossamer.optim.contract import build, methods
+from gossamer.train import loop
+
+Bench = Callable[..., int]
+
+
+def numbers(line: str) -> list[int]:
+    """The numbers of a table's row, in order."""
+    return [int(cell.replace(",", "")) for cell in re.findall(r"(?<=\s)\d[\d,]*(?=\s)", line)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_prints_what_predict_counts(tiny: Path, capsys: pytest.CaptureFixture[str], dtype: str) -> None:
+    model = str(tiny / "config.json")
+    assert main(["memory", "--method", "lora-pre", "--method.rank", "4", "--model", model, "--dtype", dtype]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    for label, method in (("lora-pre", build("lora-pre", rank=4)), ("adamw", gossamer.AdamW())):
+        memory = predict(model, method, dtype=getattr(torch, dtype))
+        row = next(line for line in printed if f"total with {label}" in line)
+        assert numbers(row) == [memory.parameters, memory.weights, memory.gradients, memory.state]
+    lines = predict(model, build("lora-pre", rank=4), dtype=getattr(torch, dtype)).lines
+    rows = [numbers(line) for line in printed]
+    for line in lines:
+        assert [line.parameters, line.weights, line.gradients, line.state] in rows
+
+
+def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    first_column = [line.strip("│┃| ").split()[:1] for line in capsys.readouterr().out.splitlines()]
+    assert len(methods()) >= 2
+    for name in methods():
+        assert [name] in first_column
+
+
+def test_pretrain_prints_where_its_log_is(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", *small, "--method=adamw", "--out", str(tmp_path / "run")]) == 0
+    log = Path(capsys.readouterr().out.strip())
+    assert json.loads(log.read_text().splitlines()[-1])["event"] == "end"
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = Path(capsys.readouterr().out.strip())
+    assert "adamw" in page.read_text()
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == gossamer.__version__
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """`gossamer bench quick` with a suite of a second, into tmp_path/bench."""
+    text = DataConfig(str(tiny / "train.txt"), vocab_size=300, seq_len=32)
+    suite = Suite(str(tiny / "config.json"), text, steps=4, batch_size=4, eval_tokens=100, eval_every=2)
+    monkeypatch.setitem(SUITES, "quick", suite)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options: str, out: str = "bench") -> int:
+        return main(["bench", "quick", "--out", out, "--methods", "lora-pre", "--rounds", "1", *options])
+
+    return run
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def train_nothing(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("a finished run is trained again")
+
+
+def test_bench_trains_compares_and_remembers(
+    quick: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "bench"
+    assert quick() == 0
+    printed = capsys.readouterr().out
+    assert "adamw" in printed and "lora-pre" in printed
+    assert Path(printed.split()[-1]).resolve() == (folder / "report.html").resolve()
+    page = (folder / "report.html").read_text()
+    assert "lora-pre" in page and "</html>" in page
+    made = rows(folder)
+    assert [row["method"] for row in made] == ["adamw", "lora-pre"]  # the reference first
+    for row in made:
+        preset = methods()[row["method"]].traits["quick"]
+        assert (row["suite"], row["lr"], row["seed"], row["steps"]) == ("quick", preset["lr"], 0, 4)
+        log = [json.loads(line) for line in (folder / row["log"]).read_text().splitlines()]
+        assert [event["step"] for event in log if event["event"] == "eval"] == [2, 4]
+        assert log[-1]["perplexity"] == row["perplexity"] > 1
+        memory = predict(str(row["config"]["model"]), build(**row["config"]["method"]), dtype=torch.float32)
+        assert (row["state_bytes"], row["hidden_state_bytes"]) == (memory.state, memory.hidden_state)
+        assert row["step_time_ratio"] > 0 and row["tokens_per_second"] > 0
+
+    before = (folder / "rows.jsonl").read_bytes()
+    monkeypatch.setattr(runner, "pretrain", train_nothing)
+    monkeypatch.setattr(runner, "_step_time_ratio", train_nothing)
+    assert quick() == 0
+    assert (folder / "rows.jsonl").read_bytes() == before
+    assert "lora-pre" in capsys.readouterr().out
+
+
+def test_bench_tries_every_rate_with_every_seed(quick: Bench, tmp_path: Path) -> None:
+    assert quick("--lrs", "1e-3", "1e-2", "--seeds", "0", "1", "--steps", "2") == 0
+    made = rows(tmp_path / "bench")
+    tried = [(row["method"], row["lr"], row["seed"]) for row in made]
+    assert tried == [(name, lr, seed) for name in ("adamw", "lora-pre") for lr in (1e-3, 1e-2) for seed in (0, 1)]
+    assert len({row["perplexity"] for row in made}) == 8
+    assert all(row["steps"] == 2 for row in made)
+    assert len(list((tmp_path / "bench").rglob("log.jsonl"))) == 8
+
+
+def test_bench_continues_where_it_was_stopped(
+    quick: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, calls, token_loss = tmp_path / "bench", iter(range(1, 1000)), loop.token_loss
+
+    def stop_at_seventh(*args: Any) -> torch.Tensor:
+        if next(calls) == 7:  # step 3 of the second run
+            raise KeyboardInterrupt
+        return token_loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "token_loss", stop_at_seventh)
+        assert quick() == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "gossamer: interrupted"
+    first = rows(folder)
+    assert [row["method"] for row in first] == ["adamw"]
+    assert quick() == 0
+    made = rows(folder)
+    assert made[0] == first[0] and [row["method"] for row in made] == ["adamw", "lora-pre"]
+    log = [json.loads(line) for line in (folder / made[1]["log"]).read_text().splitlines()]
+    assert [event["step"] for event in log if event["event"] == "resume"] == [2]
+    assert [event["step"] for event in log if event["event"] == "train"] == [1, 2, 3, 4]
+
+
+def test_bench_trains_anew_what_was_made_otherwise(quick: Bench, tmp_path: Path) -> None:
+    assert quick("--steps", "2") == 0
+    assert quick("--steps", "3") == 0
+    made = rows(tmp_path / "bench")
+    assert [row["steps"] for row in made] == [2, 2, 3, 3]
+    assert quick("--steps", "3") == 0
+    assert rows(tmp_path / "bench") == made
+
+
+@pytest.mark.parametrize("how", ["another spelling", "moved"])
+def test_bench_knows_its_folder_by_any_path(
+    quick: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A finished run must not be deleted and trained again because its folder is called something else."""
+    assert quick("--steps", "1") == 0
+    out = tmp_path / "bench"
+    if how == "moved":
+        out = out.rename(tmp_path / "elsewhere")
+    before = (out / "rows.jsonl").read_bytes()
+    monkeypatch.setattr(runner, "pretrain", train_nothing)
+    assert quick("--steps", "1", out=str(out)) == 0
+    assert (out / "rows.jsonl").read_bytes() == before
+
+
+def test_bench_survives_a_torn_row(quick: Bench, tmp_path: Path) -> None:
+    assert quick("--steps", "1") == 0
+    path = tmp_path / "bench" / "rows.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:-40])
+    assert quick("--steps", "1") == 0
+    assert [row["method"] for row in rows(tmp_path / "bench")] == ["adamw", "lora-pre"]
