@@ -8,7 +8,7 @@ import math
 import multiprocessing
 import os
 import random
-import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -26,8 +26,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import gossamer.train.checkpoint
-from gossamer.cli import main
 from gossamer.data import DataConfig, open_corpus
 from gossamer.distributed import World
 from gossamer.errors import UserError
@@ -39,6 +37,7 @@ from gossamer.train.log import RunLog
 
 Event = dict[str, Any]
 LOSS = "gossamer.train.loop.token_loss"
+CHILD = Path(__file__).parent / "cli" / "child.py"
 
 # Its children begin with everything imported, so that one that has to die costs no five seconds.
 processes = multiprocessing.get_context("forkserver")
@@ -102,29 +101,6 @@ def assert_same_end(one: Path, other: Path, step: str) -> None:
 # --- Children that may die --------------------------------------------------------------------------------------------
 
 
-def child_main(
-    argv: list[str], environment: dict[str, str], errors: str, largest_file: int | None, die_at_sync: int | None
-) -> None:
-    """The command line in a process of its own; `die_at_sync` kills it in a save, at that file's sync."""
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    if largest_file is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    if die_at_sync is not None:
-        left, sync = iter(range(die_at_sync - 1)), gossamer.train.checkpoint._sync
-
-        def count_down(path: Path) -> None:
-            if next(left, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            sync(path)
-
-        gossamer.train.checkpoint._sync = count_down
-    sys.exit(main(argv))
-
-
 def start_child(
     argv: list[str],
     errors: Path,
@@ -132,8 +108,14 @@ def start_child(
     largest_file: int | None = None,
     die_at_sync: int | None = None,
 ) -> BaseProcess:
+    """The command line in a process of its own, which says its output in `errors`.
+
+    `largest_file` is a disk that is full: no file can grow beyond it. `die_at_sync` kills in a save, at that sync.
+    """
     shared = {name: os.environ[name] for name in ("GOSSAMER_CACHE", "OMP_NUM_THREADS")} | (environment or {})
-    child = processes.Process(target=child_main, args=(argv, shared, str(errors), largest_file, die_at_sync))
+    options = {"argv": argv, "environment": shared, "errors": str(errors)}
+    options |= {"largest_file": largest_file, "die_at_sync": die_at_sync}
+    child = processes.Process(target=runpy.run_path, args=(str(CHILD), {"options": options}))
     with pytest.MonkeyPatch.context() as patch:  # else the child looks for pytest's own main program first
         patch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
         child.start()
