@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# threads that wait without spinning do not fight other programs for the cores; tests run side by side, one a core; a thread pool in each would fight over the cores
+# tests run side by side, one a core; a thread pool in each would fight over the cores
 TEST_ENV := OMP_NUM_THREADS=1
 
 .PHONY: demo test lint clean
 
+# threads that wait without spinning leave the cores to whatever else runs
 demo: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/gossamer bench quick --out runs/demo
 

@@ -208,10 +208,14 @@ def test_resuming_a_finished_run_logs_nothing_twice(tiny: Path, finished: Path, 
     assert result.score.loss == events(finished, "end")[0]["loss"]
 
 
-def test_a_torn_last_line_of_the_log_is_mended(tiny: Path, finished: Path, copied: Path) -> None:
+@pytest.mark.parametrize("torn", ['{"event": "train", "st', ""])
+def test_a_torn_last_line_of_the_log_is_mended(tiny: Path, finished: Path, copied: Path, torn: str) -> None:
+    """Torn within an event after the last checkpoint, or between that checkpoint's event and its newline."""
     shutil.rmtree(copied / "checkpoints" / "step-00000006")
-    with (copied / "log.jsonl").open("a") as log:
-        log.write('{"event": "train", "st')
+    path = copied / "log.jsonl"
+    lines = path.read_text().splitlines()
+    kept = next(i for i, line in enumerate(lines) if '"checkpoint", "step": 4' in line) + 1
+    path.write_text("\n".join([*lines[:kept], torn] if torn else lines[:kept]))
     pretrain(again(tiny, copied), quiet=True)
     assert_same_end(finished, copied, "step-00000006")
 

@@ -177,10 +177,12 @@ def test_bench_knows_its_folder_by_any_path(
     assert (out / "rows.jsonl").read_bytes() == before
 
 
-def test_bench_survives_a_torn_row(quick: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [40, 1])
+def test_bench_survives_a_torn_row(quick: Bench, tmp_path: Path, lost: int) -> None:
+    """Torn within the row, or between the row and its newline."""
     assert quick("--steps", "1") == 0
     path = tmp_path / "bench" / "rows.jsonl"
-    whole = path.read_text()
-    path.write_text(whole[:-40])
-    assert quick("--steps", "1") == 0
-    assert [row["method"] for row in rows(tmp_path / "bench")] == ["adamw", "lora-pre"]
+    path.write_text(path.read_text()[:-lost])
+    assert quick("--steps", "1", "--seeds", "0", "1") == 0
+    tried = sorted((row["method"], row["seed"]) for row in rows(tmp_path / "bench"))
+    assert tried == [("adamw", 0), ("adamw", 1), ("lora-pre", 0), ("lora-pre", 1)]
