@@ -115,7 +115,7 @@ class LoRAPre:
             state[name].copy_(torch.where(sound, factor, state[name]))
 
 
-@register("lora-pre-stable", paper=f"{PAPER}; stabilised here", quick={"lr": 2e-3, "rank": 32, "scale": 0.25})
+@register("lora-pre-stable", paper=f"{PAPER}; stabilised here", quick={"lr": 4e-3, "rank": 32, "scale": 0.25})
 @dataclass(frozen=True)
 class LoRAPreStable(LoRAPre):
     """LoRA-Pre with sequential updates, relative damping and a second moment whose weights sum to one.
