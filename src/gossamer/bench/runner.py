@@ -58,18 +58,18 @@ def bench(options: Bench) -> Path:
 
 
 def _finished(path: Path) -> dict[str, dict[str, Any]]:
-    """The last row of each label. A last line torn by a kill is cut off; its run is trained again."""
+    """The last row of each label. A last line torn by a kill is cut off, newline or more; its run is trained again."""
     rows: dict[str, dict[str, Any]] = {}
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            path.write_text("".join(lines[:-1]))
+            break
         try:
             row = json.loads(line)
         except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: not a JSON object") from error
-            path.write_text("".join(lines[:-1]))
-        else:
-            rows[row["label"]] = row
+            raise UserError(f"{path}, line {number}: not a JSON object") from error
+        rows[row["label"]] = row
     return rows
 
 

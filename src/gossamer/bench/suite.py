@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -56,8 +57,9 @@ class Bench:
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps: {self.steps} is too small; allowed: an integer >= 1")
-        if any(lr <= 0 for lr in self.lrs):
-            raise UserError(f"lrs: {min(self.lrs)} is not positive; allowed: numbers > 0")
+        for lr in self.lrs:
+            if not 0 < lr < math.inf:
+                raise UserError(f"lrs: {lr} is out of range; allowed: finite numbers > 0")
         if not self.seeds or self.rounds < 1:
             raise UserError(f"seeds: {self.seeds}, rounds: {self.rounds}; allowed: at least one of each")
 

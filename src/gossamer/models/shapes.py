@@ -85,7 +85,7 @@ def resolve_config(model: str) -> PretrainedConfig:
             raise ValueError(f"{config.model_type} has no causal language model")
         return config
     except Exception as error:  # whatever the configuration's own checks raise: it is the user's file
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"model: {file} is not a model configuration: {reason}") from error
 
 

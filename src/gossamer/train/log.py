@@ -50,7 +50,7 @@ def _until(path: Path, step: int) -> list[str]:
         except ValueError:
             break  # torn by a kill
         if event["event"] != "end" and event.get("step", 0) <= step:
-            lines.append(line)
+            lines.append(line.rstrip("\n") + "\n")  # a kill may have cut the newline alone
     return lines
 
 

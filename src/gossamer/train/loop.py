@@ -107,7 +107,7 @@ class Run:
         if config.resume:
             found = self.checkpoints.newest_sound(self.display.say)
             self.display.say(f"resuming from {found}" if found else f"no checkpoint in {config.out}: from the start")
-        elif self.checkpoints.steps() and self.world.is_main:
+        elif self.checkpoints.steps():
             raise UserError(f"out: {config.out} holds the checkpoints of a run; add --resume, or use another --out")
         if found is not None:
             training = read_training(found)
