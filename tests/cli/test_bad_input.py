@@ -66,7 +66,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
         ("pretrain --lr -1e-3", "lr: -0.001 is out of range; allowed: finite numbers > 0"),
         ("bench quick --methods lora-per", "'lora-per' has no preset for quick (did you mean 'lora-pre'?)"),
         ("bench quik", "'quik'"),
-        ("bench --lrs 1e-3 0", "lrs: 0.0 is not positive"),
+        ("bench --lrs 1e-3 0", "lrs: 0.0 is out of range"),
         ("bench --seeds", "at least one of each"),
         ("bench --steps 0", "steps: 0 is too small"),
         ("report", "directory"),
