@@ -36,3 +36,91 @@ def damped_pinv(x: Tensor, damping: float, *, relative: bool) -> Tensor:
     factor, _ = torch.linalg.cholesky_ex(gram + shift * eye)
     inverse = torch.cholesky_solve(unit.mT, factor) / size.clamp_min(torch.finfo(x.dtype).tiny)
     return torch.where(size > 0, inverse, torch.zeros_like(inverse))
+
+
+def orthonormalize(x: Tensor) -> Tensor:
+    """Q of the thin QR factorisation of a tall `x`, with signs such that the diagonal of R is not negative.
+
+    Columns past the rank of x are completed with orthonormal ones; a zero matrix gives the first columns of the
+    identity. x is divided by its largest entry first, so that no norm over- or underflows.
+
+    Args:
+        x: (..., m, r) with m >= r, fp32 or fp64. Returns (..., m, r).
+    """
+    q, r = torch.linalg.qr(_unit(x))
+    return q * _signs(r.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)
+
+
+def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD `x = U diag(S) Vh` whose signs do not depend on the LAPACK at hand.
+
+    The entry of each right singular vector that is largest in magnitude is positive. Entries of x that are not finite
+    count as zero: an exception would leave the optimizer in the middle of a step.
+
+    Args:
+        x: (..., m, n), fp32 or fp64. Returns U (..., m, s), S (..., s), Vh (..., s, n) with s = min(m, n).
+    """
+    size = x.abs().nan_to_num(0.0, 0.0).amax((-2, -1), keepdim=True)
+    u, s, vh = torch.linalg.svd(_unit(x.nan_to_num(0.0, 0.0, 0.0)), full_matrices=False)
+    signs = _signs(vh.gather(-1, vh.abs().argmax(-1, keepdim=True)).squeeze(-1))
+    return u * signs.unsqueeze(-2), s * size.squeeze(-1), vh * signs.unsqueeze(-1)
+
+
+def randomized_svd(
+    x: Tensor, rank: int, *, oversampling: int, power_iterations: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A rank-r approximation of x as two factors, Q (m, r) with orthonormal columns and B (r, n).
+
+    Halko, Martinsson and Tropp 2011, Algorithms 4.4 and 5.1: a Gaussian sketch of the range, `power_iterations`
+    rounds through x^T and x, then B = Q^T x. The SVD of B is taken only to cut `oversampling` extra columns off:
+    without them Q B already equals U S V^T.
+
+    Args:
+        x: (m, n), fp32 or fp64.
+        rank: r; cut to min(m, n), as is r + oversampling.
+        generator: on x's device; draws n (r + oversampling) numbers.
+    """
+    m, n = x.shape
+    width = min(rank + oversampling, m, n)
+    sketch = torch.randn(width, n, dtype=x.dtype, device=x.device, generator=generator).mT
+    q = orthonormalize(x @ sketch)
+    for _ in range(power_iterations):
+        q = orthonormalize(x @ orthonormalize(x.mT @ q))
+    b = q.mT @ x
+    if width > min(rank, m, n):
+        u, s, vh = svd(b)
+        return q @ u[:, :rank], s[:rank, None] * vh[:rank]
+    return q, b
+
+
+def newton_schulz(
+    x: Tensor,
+    steps: int = 5,
+    coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+    eps: float = 1e-7,
+) -> Tensor:
+    """Roughly the nearest semi-orthogonal matrix, U V^T, by a quintic iteration on the smaller side (Jordan 2024).
+
+    Operation for operation `torch.optim.Muon`'s, in bf16; fp64, which torch rounds to bf16 too, is computed as it is.
+    A matrix of norm below `eps` stays small, and one whose norm overflows gives zero.
+
+    Args:
+        x: (m, n). Returns x's shape, in bf16 or fp64.
+    """
+    a, b, c = coefficients
+    y = x.clone() if x.dtype is torch.float64 else x.to(torch.bfloat16, copy=True)
+    tall = x.shape[0] > x.shape[1]
+    y = y.mT if tall else y
+    y.div_(y.norm().clamp_min(eps))
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.mT if tall else y
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _signs(x: Tensor) -> Tensor:
+    return torch.where(x < 0, -torch.ones_like(x), torch.ones_like(x))

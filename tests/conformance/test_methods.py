@@ -110,7 +110,7 @@ def test_meta_init_counts_what_is_held(name: str, shape: tuple[int, int], dtype:
     run(opt, [p], range(1))
     held = opt.state[p]
     assert {k: (v.shape, v.dtype) for k, v in predicted.items()} == {k: (v.shape, v.dtype) for k, v in held.items()}
-    assert sum(row.state_bytes for row in opt.plan()) + 4 == num_bytes(held.values())
+    assert sum(row.state_bytes for row in opt.plan()) + 12 == num_bytes(held.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -173,7 +173,7 @@ def test_rank_beyond_the_matrix(name: str) -> None:
 
 
 def context(p: Tensor, step: int = 1) -> Context:
-    return Context(step, 0.01, p, torch.Generator().manual_seed(0))
+    return Context(step, step, step, 0.01, p, torch.Generator().manual_seed(0), 0)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -24,7 +24,9 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def step(method: Method, state: State, grad: Tensor, t: int) -> Tensor:
-    return method.update(grad, state, Context(t, 0.0, torch.zeros_like(grad), torch.Generator().manual_seed(0)))
+    return method.update(
+        grad, state, Context(t, t, t, 0.0, torch.zeros_like(grad), torch.Generator().manual_seed(0), 0)
+    )
 
 
 def product(state: State, name: str = "m") -> Tensor:

@@ -77,7 +77,7 @@ def test_straight_line(shape: tuple[int, int], rank: int, sequential: bool, exac
         if t == 1:  # the same first A, drawn as the method draws it
             probe = torch.Generator().manual_seed(3)
             first = {k: torch.empty_like(state[k]).normal_(0, 0.02, generator=probe).numpy() for k in ("m_A", "v_A")}
-        ours.append(method.update(torch.from_numpy(g), state, Context(t, 0.0, param, generator)).numpy())
+        ours.append(method.update(torch.from_numpy(g), state, Context(t, t, t, 0.0, param, generator, 0)).numpy())
     theirs = straight_line(
         gradients, first["m_A"], first["v_A"], sequential=sequential, exact=exact, damping=1e-3, relative=relative
     )

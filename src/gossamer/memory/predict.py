@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gossamer.models import build_model, resolve_config
 from gossamer.optim.contract import Method, entry_of
 from gossamer.optim.groups import Rules, param_groups
-from gossamer.optim.optimizer import STEP, init_state, num_bytes
+from gossamer.optim.optimizer import COUNTERS, init_state, num_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -29,7 +29,7 @@ class Line:
     state: int
     """The method's tensors."""
     counters: int
-    """The driver's step counters, 4 bytes a parameter tensor."""
+    """The driver's counters, 12 bytes a parameter tensor."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def predict(
 def _line(why: str, name: str, members: list[tuple[Method, Tensor]]) -> Line:
     params = [param for _, param in members]
     states = [init_state(method, param) for method, param in members]
-    counters = num_bytes(state.pop(STEP) for state in states)
+    counters = num_bytes(state.pop(counter) for state in states for counter in COUNTERS)
     weights = num_bytes(params)
     state = sum(num_bytes(state.values()) for state in states)
     return Line(why, name, sum(p.numel() for p in params), weights, weights, state, counters)

@@ -13,6 +13,7 @@ rounding of the write, saving, counting -- is the driver's (`optimizer.py`), whi
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -27,7 +28,19 @@ from torch import Tensor
 from gossamer.errors import UserError, nearest
 
 State = dict[str, Tensor]
-"""What a method keeps for one parameter: flat, tensors only, so that it is saved, counted and sharded as it is."""
+"""What a method keeps for one parameter: flat, tensors only, so that it is saved, counted and sharded as it is.
+
+A key `m` or `m_...` belongs to the first moment, `v` or `v_...` to the second. A fresh moment is all zeros, so that
+`Optimizer.reset` can make one fresh; what a method draws at random it draws when `m_step` or `v_step` is 1.
+"""
+
+MOMENTS = ("m", "v")
+
+
+def moment_of(key: str) -> str | None:
+    """The moment that a tensor of the state belongs to, or None: a projector, a counter."""
+    head = key.partition("_")[0]
+    return head if head in MOMENTS else None
 
 
 class Context(NamedTuple):
@@ -35,12 +48,24 @@ class Context(NamedTuple):
 
     step: int
     """Counts from 1 for each parameter."""
+    m_step: int
+    """Counts from 1 since the first moment was last zero: what its bias correction is about."""
+    v_step: int
+    """The same for the second moment."""
     lr: float | Tensor
     """Scheduled learning rate; the driver multiplies by it, a method only reads it."""
     param: Tensor
     """The parameter, before the step."""
     generator: torch.Generator
     """Random numbers that depend on (seed, parameter name, step) alone, on the parameter's device."""
+    key: int
+    """63 bits from (seed, parameter name) alone: the same at every step."""
+
+
+def hash63(*parts: int | str) -> int:
+    """A 63-bit seed that depends on the parts alone, on every machine."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 @runtime_checkable

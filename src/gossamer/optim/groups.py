@@ -27,6 +27,7 @@ def param_groups(
     method: Method,
     *,
     fallback: Method | None = None,
+    fallback_lr: float | Tensor | None = None,
     rules: Rules = (),
 ) -> list[dict[str, Any]]:
     """Parameter groups for `gossamer.Optimizer`: hidden matrices under `method`, everything else under `fallback`.
@@ -39,17 +40,20 @@ def param_groups(
         model: a module, or parameters, or (name, parameter) pairs. Parameters with `requires_grad=False` are left out.
         method: for the hidden matrices. One whose smaller side is no larger than `method.rank` goes to `fallback`.
         fallback: for the rest; `AdamW()` if None.
+        fallback_lr: learning rate of what `fallback` trains; the optimizer's own if None. Embeddings want a larger one
+            than hidden matrices do, and methods differ in what they want for those.
         rules: `(regex, method)` pairs, searched in parameter names; the first match wins over everything else.
 
     Returns:
-        One dict a method: `params`, `param_names`, `why` (one reason a parameter) and `method`.
+        One dict a method, that of the hidden matrices first: `params`, `param_names`, `why` (one reason a parameter)
+        and `method`; the fallback's has its `lr` if `fallback_lr` is given.
 
     Raises:
         UserError: a rule that matches no parameter or that asks a matrix method to train something else, a model
             without trainable parameters, or a parameter given twice.
     """
     fallback = fallback or default_fallback()
-    groups: dict[Method, dict[str, Any]] = {}
+    groups: dict[tuple[Method, bool], dict[str, Any]] = {}
     unmatched = {pattern for pattern, _ in rules}
     seen: dict[int, str] = {}
     for name, param, kind in _kinds(model):
@@ -59,7 +63,11 @@ def param_groups(
         if not param.requires_grad:
             continue
         chosen, why = _choose(name, param, kind, method, fallback, rules, unmatched)
-        group = groups.setdefault(chosen, {"params": [], "param_names": [], "why": [], "method": chosen})
+        own_lr = fallback_lr is not None and chosen is fallback
+        group = groups.setdefault(
+            (chosen, own_lr),
+            {"params": [], "param_names": [], "why": [], "method": chosen, **({"lr": fallback_lr} if own_lr else {})},
+        )
         group["params"].append(param)
         group["param_names"].append(name)
         group["why"].append(why)
@@ -67,7 +75,7 @@ def param_groups(
         raise UserError(f"param_groups: rule {min(unmatched)!r} matches no trainable parameter left to it")
     if not groups:
         raise UserError("param_groups: there is no trainable parameter")
-    return list(groups.values())
+    return sorted(groups.values(), key=lambda group: group["method"] is not method)
 
 
 def refusal(method: Method, shape: Sequence[int]) -> str | None:

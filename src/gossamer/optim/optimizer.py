@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import UserError
+from gossamer.errors import UserError, nearest
 from gossamer.optim import contract
-from gossamer.optim.contract import Context, Method, State
+from gossamer.optim.contract import MOMENTS, Context, Method, State, hash63, moment_of
 from gossamer.optim.groups import default_fallback, refusal
 from gossamer.optim.rounding import write_
 from gossamer.optim.stores import arithmetic_dtype
 
-STEP = "step"
+COUNTERS = ("step", *(f"{moment}_step" for moment in MOMENTS))
+"""How often the parameter was stepped, and how often since each moment was last zero."""
 
 
 def init_state(method: Method, param: Tensor) -> State:
-    """Everything the optimizer keeps for one parameter: the method's tensors and a step counter (fp32, on the CPU).
+    """Everything the optimizer keeps for one parameter: three counters (fp32, on the CPU) and the method's tensors.
 
     Runs on the meta device too, so that memory is counted with the same code that takes it.
     """
-    counter = torch.zeros((), dtype=torch.float32, device="meta" if param.is_meta else "cpu")
-    return {STEP: counter, **method.init(param)}
+    device = "meta" if param.is_meta else "cpu"
+    counters = {name: torch.zeros((), dtype=torch.float32, device=device) for name in COUNTERS}
+    return {**counters, **method.init(param)}
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
@@ -44,7 +45,7 @@ class PlanRow:
     method: str
     rank: int | None
     state_bytes: int
-    """The method's tensors; the driver's step counter takes 4 bytes more."""
+    """The method's tensors; the driver's counters take 12 bytes more."""
     why: str
 
 
@@ -68,6 +69,15 @@ class Plan(list[PlanRow]):
             "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, width, strict=True)))
             for row in (header, *cells)
         )
+
+
+class Reset(NamedTuple):
+    """What `Optimizer.reset` touched."""
+
+    parameters: int
+    tensors: int
+    norm: float
+    """Of all those tensors together, before; it is zero after."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -162,13 +172,14 @@ class Optimizer(torch.optim.Optimizer):
         state = self.state[param]
         if not state:
             state.update(init_state(method, param))
-        state[STEP] += 1
-        step = int(state[STEP])
-        generator = torch.Generator(param.device).manual_seed(_stream(group["seed"], name, step))
+        for counter in COUNTERS:
+            state[counter] += 1
+        steps = [int(state[counter]) for counter in COUNTERS]
+        generator = torch.Generator(param.device).manual_seed(hash63(group["seed"], name, steps[0]))
 
         wide = arithmetic_dtype(param)
         grad = grad.to(wide).neg() if group["maximize"] else grad.to(wide)
-        direction = method.update(grad, state, Context(step, lr, param, generator))
+        direction = method.update(grad, state, Context(*steps, lr, param, generator, hash63(group["seed"], name)))
 
         target = param if param.dtype is wide else param.to(wide)  # stepped in place, or written back with rounding
         if group["weight_decay"] != 0:
@@ -179,6 +190,43 @@ class Optimizer(torch.optim.Optimizer):
             target.sub_(direction, alpha=lr)
         if target is not param:
             write_(param, target, group["rounding"], generator)
+
+    @torch.no_grad()
+    def reset(self, names: Iterable[str] | None = None, moments: Iterable[str] = MOMENTS) -> Reset:
+        """Forget moments: as if their parameters had never been stepped, bias correction and all.
+
+        Everything else stays: step counts and so the random streams and refresh schedules, projectors, other moments.
+
+        Args:
+            names: of parameters; all if None. A parameter that was never stepped has nothing to forget.
+            moments: "m", "v" or both.
+
+        Raises:
+            UserError: an unknown moment, or a name that is not a parameter of this optimizer.
+        """
+        moments = tuple(moments)
+        for moment in moments:
+            contract.check_choice("reset", moments=(moment, MOMENTS))
+        params = {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        names = list(params) if names is None else list(names)
+        for name in names:
+            if name not in params:
+                raise UserError(f"reset: no parameter {name!r}{nearest(name, params)}; named as in opt.plan()")
+        touched = [
+            (name, key, tensor)
+            for name in names
+            for key, tensor in self.state.get(params[name], {}).items()
+            if key not in COUNTERS and moment_of(key) in moments
+        ]
+        norms = [tensor.double().norm() for _, _, tensor in touched]
+        for name in names:
+            for moment in moments:
+                if params[name] in self.state:
+                    self.state[params[name]][f"{moment}_step"].zero_()
+        for _, _, tensor in touched:
+            tensor.zero_()
+        norm = float(torch.stack(norms).norm()) if norms else 0.0
+        return Reset(len({name for name, _, _ in touched}), len(touched), norm)
 
     def plan(self) -> Plan:
         """Which method trains each parameter, at which rank, with how much state, and why. Allocates nothing."""
@@ -234,10 +282,10 @@ class Optimizer(torch.optim.Optimizer):
             for index, param, label in zip(saved["params"], group["params"], group["param_names"], strict=True):
                 if index in saved_state:  # else it never had a gradient
                     _check_shapes(
-                        label, saved_state[index], group["method"].init(torch.empty_like(param, device="meta"))
+                        label, saved_state[index], init_state(group["method"], torch.empty_like(param, device="meta"))
                     )
                     state[param] = {
-                        key: value.clone() if key == STEP else value.to(param.device, copy=True)
+                        key: value.clone() if key in COUNTERS else value.to(param.device, copy=True)
                         for key, value in saved_state[index].items()
                     }
             method = contract.build(**saved["method"])
@@ -256,9 +304,3 @@ def _check_shapes(label: str, saved: State, fresh: State) -> None:
                 f"load_state_dict: {label!r} has {key} of shape {shape} in the checkpoint but "
                 f"{tuple(tensor.shape)} here; build the optimizer with the checkpoint's rank and model"
             )
-
-
-def _stream(seed: int, name: str, step: int) -> int:
-    """A 63-bit seed that depends on the three alone, on every machine."""
-    digest = hashlib.blake2b(f"{seed}/{name}/{step}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

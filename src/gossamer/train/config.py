@@ -39,6 +39,8 @@ class Pretrain(Generic[M]):
     """Rows of one forward pass in one process; None: all of its rows at once."""
     lr: float = 1e-3
     """Peak learning rate."""
+    fallback_lr: float | None = None
+    """Peak learning rate of what AdamW trains beside the method (embeddings, output head, norms); None: the same."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     warmup: float = 0.1
@@ -76,8 +78,10 @@ class Pretrain(Generic[M]):
         for name in ("eval_every", "save_every", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}: {getattr(self, name)} is out of range; allowed: finite numbers >= 0")
-        if not 0 < self.lr < math.inf:
-            raise UserError(f"lr: {self.lr} is out of range; allowed: finite numbers > 0")
+        for name in ("lr", "fallback_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name}: {value} is out of range; allowed: finite numbers > 0")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed: {self.seed} is out of range; allowed: 0 to 2^63 - 1")
         for name in ("warmup", "min_lr_ratio"):

@@ -63,7 +63,7 @@ class Run:
         self.model = _model(config, self.corpus, world)
         self.replica = world.parallel(torch.compile(self.model) if config.compile else self.model)  # pyright: ignore
         self.optimizer = Optimizer(
-            param_groups(self.model, config.method),
+            param_groups(self.model, config.method, fallback_lr=config.fallback_lr),
             lr=config.lr,
             weight_decay=config.weight_decay,
             rounding=config.rounding,

@@ -44,4 +44,4 @@ class AdamW:
         beta1, beta2 = self.betas
         m = state["m"].lerp_(grad, 1 - beta1)
         v = state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        return rules.adam(m / (1 - beta1**ctx.step), v / (1 - beta2**ctx.step), self.eps)
+        return rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps)

@@ -77,10 +77,10 @@ class LoRAPre:
         return stores.factored(param, self.rank, "m", "v")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        (beta1, beta2), t = self.betas, ctx.step
+        beta1, beta2 = self.betas
         gamma1, gamma2 = self.gammas or (1 - beta1**0.5, 1 - beta2**0.25)
-        if t == 1:
-            for name in ("m_A", "v_A"):
+        for name, step in (("m_A", ctx.m_step), ("v_A", ctx.v_step)):
+            if step == 1:
                 state[name].normal_(0.0, self.init_std, generator=ctx.generator)
 
         largest = torch.finfo(grad.dtype).max
@@ -89,12 +89,12 @@ class LoRAPre:
         self._advance_(state, grad, gamma1, gamma2)
 
         if self.bias_correction == "paper":
-            v = tracked.square_().mul_(beta2).addcmul_(grad, grad, value=1 - beta2).div_(1 - beta2**t)
+            v = tracked.square_().mul_(beta2).addcmul_(grad, grad, value=1 - beta2).div_(1 - beta2**ctx.v_step)
         else:
             # the tracker of |g| decays by (1 - gamma2)^2 a step, so the t - 1 gradients before this one have that mass
-            a, decay = (1 - beta2) / (1 - beta2**t), (1 - gamma2) ** 2
-            v = tracked.div_(1 - decay ** max(t - 1, 1)).square_().mul_(1 - a).addcmul_(grad, grad, value=a)
-        direction = rules.adam(m.div_(1 - beta1**t), v, self.eps).mul_(self.scale)
+            a, decay = (1 - beta2) / (1 - beta2**ctx.v_step), (1 - gamma2) ** 2
+            v = tracked.div_(1 - decay ** max(ctx.v_step - 1, 1)).square_().mul_(1 - a).addcmul_(grad, grad, value=a)
+        direction = rules.adam(m.div_(1 - beta1**ctx.m_step), v, self.eps).mul_(self.scale)
         return direction.clamp_(-(largest**0.5), largest**0.5)
 
     def _advance_(self, state: State, grad: Tensor, gamma1: float, gamma2: float) -> None:
