@@ -3,39 +3,43 @@
 import gossamer
 opt = gossamer.Optimizer(gossamer.param_groups(model, gossamer.LoRAPre(rank=128)), lr=1e-3)
 print(opt.plan())
+
+The class of every registered method is here under its own name.
 """
 
+from typing import Any
+
 from gossamer.errors import UserError
-from gossamer.optim import (
-    AdamW,
-    Context,
-    Entry,
-    LoRAPre,
-    LoRAPreStable,
-    Method,
-    Optimizer,
-    Plan,
-    PlanRow,
-    State,
-    param_groups,
-    register,
-)
+from gossamer.optim import Context, Entry, Method, Optimizer, Plan, PlanRow, Reset, State, param_groups, register
 from gossamer.optim.contract import methods
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdamW",
     "Context",
     "Entry",
-    "LoRAPre",
-    "LoRAPreStable",
     "Method",
     "Optimizer",
     "Plan",
     "PlanRow",
+    "Reset",
     "State",
     "UserError",
     "methods",
     "param_groups",
     "register",
 ]
+
+
+def _classes() -> dict[str, type[Any]]:
+    return {entry.cls.__name__: entry.cls for entry in methods().values()}
+
+
+def __getattr__(name: str) -> Any:
+    """The registry is the only list of methods: a new file of `optim/methods` is here without a line here."""
+    if not name.startswith("_") and (cls := _classes().get(name)) is not None:
+        return cls
+    raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_classes()])

@@ -2,20 +2,16 @@
 
 from gossamer.optim.contract import Context, Entry, Method, State, register
 from gossamer.optim.groups import param_groups
-from gossamer.optim.methods.adamw import AdamW
-from gossamer.optim.methods.lora_pre import LoRAPre, LoRAPreStable
-from gossamer.optim.optimizer import Optimizer, Plan, PlanRow
+from gossamer.optim.optimizer import Optimizer, Plan, PlanRow, Reset
 
 __all__ = [
-    "AdamW",
     "Context",
     "Entry",
-    "LoRAPre",
-    "LoRAPreStable",
     "Method",
     "Optimizer",
     "Plan",
     "PlanRow",
+    "Reset",
     "State",
     "param_groups",
     "register",

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from gossamer.linalg import newton_schulz
+
+ADJUSTMENTS = ("original", "match_rms_adamw")
+"""How `orthogonalize` accounts for the shape of a matrix: torch.optim.Muon's two words."""
 
 
 def adam(m: Tensor, v: Tensor, eps: float) -> Tensor:
@@ -13,3 +19,28 @@ def adam(m: Tensor, v: Tensor, eps: float) -> Tensor:
         eps: added to the root, as in `torch.optim.Adam`.
     """
     return m / v.sqrt_().add_(eps)
+
+
+def orthogonalize(m: Tensor, adjust_lr_fn: str) -> Tensor:
+    """Roughly U V^T of `m = U S V^T`, times a factor that depends on the shape alone (Jordan 2024; Liu et al. 2025).
+
+    Args:
+        m: (rows, columns), fp32 or fp64.
+        adjust_lr_fn: "original", sqrt(max(1, rows / columns)), which gives every shape the same spectral norm from unit
+            inputs to unit outputs; or "match_rms_adamw", 0.2 sqrt(max(rows, columns)), a root mean square of 0.2.
+
+    Returns:
+        m's shape and dtype; finite where m is.
+    """
+    rows, columns = m.shape
+    factor = max(1.0, rows / columns) ** 0.5 if adjust_lr_fn == "original" else 0.2 * max(rows, columns) ** 0.5
+    return newton_schulz(squarable(m)).to(m.dtype).mul_(factor)
+
+
+def squarable(g: Tensor) -> Tensor:
+    """`g` with its entries cut where the sum of all squares could overflow: from there on a second moment is infinite.
+
+    In fp32 that is 9e18 / sqrt(number of entries), far above any gradient of a run that is alive. NaN is passed on.
+    """
+    bound = (torch.finfo(g.dtype).max / max(g.numel(), 1)) ** 0.5 / 2
+    return g.clamp(-bound, bound)

@@ -10,15 +10,68 @@ from torch import Tensor
 
 from gossamer.errors import UserError
 from gossamer.linalg import damped_pinv
-from gossamer.optim import rules, stores
+from gossamer.optim import factors, rules, stores
 from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, register
 
 PAPER = "Wang et al., Taming Momentum, ICLR 2026, arXiv 2602.24283"
 
 
-@register("lora-pre", paper=PAPER, quick={"lr": 2e-3, "rank": 32, "scale": 0.25})
-@dataclass(frozen=True)
-class LoRAPre:
+@dataclass(frozen=True, kw_only=True)
+class Regression:
+    """What the Adam and the Muon form share: a moment BA fitted to its target by one block-Newton step.
+
+        B <- (1 - g) B + g T A^+,   A <- (1 - g) A + g B^+ T       X^+ the damped pseudo-inverse
+
+    arXiv 2602.24283, Theorem 3.1, equations 11 and 12.
+    """
+
+    rank: int = 128
+    """Columns of B and rows of A, for each moment."""
+    scale: float = 1.0
+    """Multiplies the direction. The paper's C4 runs say 0.25, as GaLore."""
+    updates: Literal["simultaneous", "sequential"] = "simultaneous"
+    """Whether A is advanced with the old B (the paper) or the new one (bounded, exact in its subspace)."""
+    damping: float = 1e-6
+    """Added to the Gram matrix's diagonal."""
+    damping_mode: Literal["absolute", "relative"] = "absolute"
+    """Whether `damping` is an absolute number or a multiple of the Gram matrix's mean diagonal entry."""
+    init_std: float = 0.02
+    """Standard deviation of the first A."""
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_rank(name, self.rank)
+        check_choice(
+            name,
+            updates=(self.updates, ("simultaneous", "sequential")),
+            damping_mode=(self.damping_mode, ("absolute", "relative")),
+        )
+        if self.damping < 0 or self.init_std <= 0:
+            raise UserError(
+                f"{name}: damping is {self.damping}, init_std is {self.init_std}; allowed: damping >= 0, init_std > 0"
+            )
+
+    def begin_(self, state: State, ctx: Context, **steps: int) -> None:
+        """Draw the first A of the moments that are at their first step."""
+        for name, step in steps.items():
+            if step == 1:
+                state[f"{name}_A"].normal_(0.0, self.init_std, generator=ctx.generator)
+
+    def advance_(self, state: State, **targets: tuple[Tensor, float]) -> None:
+        """One step of the named moments towards (target, gamma)."""
+        relative, new = self.damping_mode == "relative", {}
+        for name, (target, gamma) in targets.items():
+            b, a, silent = state[f"{name}_B"], state[f"{name}_A"], (target == 0).all()
+            new_b = b.lerp(target @ damped_pinv(a.mT, self.damping, relative=relative).mT, gamma)
+            basis = new_b if self.updates == "sequential" else b
+            new_a = a.lerp(damped_pinv(basis, self.damping, relative=relative) @ target, gamma)
+            new[name] = torch.where(silent, (1 - gamma) ** 2 * b, new_b), torch.where(silent, a, new_a)
+        factors.keep_(state, **new)
+
+
+@register("lora-pre", paper=PAPER, quick={"lr": 1e-3, "rank": 32})
+@dataclass(frozen=True, kw_only=True)
+class LoRAPre(Regression):
     """Both of Adam's moments as products of rank-r factors, advanced by one block-Newton step: Algorithm 1 as printed.
 
         m = beta1 m_B m_A + (1 - beta1) g                       v = beta2 (v_B v_A)^2 + (1 - beta2) g^2
@@ -42,36 +95,15 @@ class LoRAPre:
     """Decay of the first and of the second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
-    rank: int = 128
-    """Columns of B and rows of A, for each moment."""
-    scale: float = 1.0
-    """Multiplies the direction. The paper's C4 runs say 0.25, as GaLore."""
-    updates: Literal["simultaneous", "sequential"] = "simultaneous"
-    """Whether A is advanced with the old B (the paper) or the new one (bounded, exact in its subspace)."""
     bias_correction: Literal["paper", "exact"] = "paper"
     """The paper's 1 - beta2^t, or weights that sum to one given how fast the tracker of |g| warms up."""
-    damping: float = 1e-6
-    """Added to the Gram matrix's diagonal."""
-    damping_mode: Literal["absolute", "relative"] = "absolute"
-    """Whether `damping` is an absolute number or a multiple of the Gram matrix's mean diagonal entry."""
-    init_std: float = 0.02
-    """Standard deviation of the first A."""
     gammas: tuple[float, float] | None = None
     """Step sizes g1, g2 of the factor updates; None couples them to the betas."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_adam("lora-pre", self.betas, self.eps)
-        check_rank("lora-pre", self.rank)
-        check_choice(
-            "lora-pre",
-            updates=(self.updates, ("simultaneous", "sequential")),
-            bias_correction=(self.bias_correction, ("paper", "exact")),
-            damping_mode=(self.damping_mode, ("absolute", "relative")),
-        )
-        if self.damping < 0 or self.init_std <= 0:
-            raise UserError(
-                f"lora-pre: damping is {self.damping}, init_std is {self.init_std}; allowed: damping >= 0, init_std > 0"
-            )
+        check_choice("lora-pre", bias_correction=(self.bias_correction, ("paper", "exact")))
 
     def init(self, param: Tensor) -> State:
         return stores.factored(param, self.rank, "m", "v")
@@ -79,14 +111,12 @@ class LoRAPre:
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         beta1, beta2 = self.betas
         gamma1, gamma2 = self.gammas or (1 - beta1**0.5, 1 - beta2**0.25)
-        for name, step in (("m_A", ctx.m_step), ("v_A", ctx.v_step)):
-            if step == 1:
-                state[name].normal_(0.0, self.init_std, generator=ctx.generator)
+        self.begin_(state, ctx, m=ctx.m_step, v=ctx.v_step)
 
         largest = torch.finfo(grad.dtype).max
-        m = torch.addmm(grad, state["m_B"], state["m_A"], beta=1 - beta1, alpha=beta1).clamp_(-largest, largest)
-        tracked = state["v_B"] @ state["v_A"]
-        self._advance_(state, grad, gamma1, gamma2)
+        m = factors.ema(state, "m", grad, beta1).clamp_(-largest, largest)
+        tracked = factors.product(state, "v")
+        self.advance_(state, m=(grad, gamma1), v=(grad.abs(), gamma2))
 
         if self.bias_correction == "paper":
             v = tracked.square_().mul_(beta2).addcmul_(grad, grad, value=1 - beta2).div_(1 - beta2**ctx.v_step)
@@ -94,29 +124,17 @@ class LoRAPre:
             # the tracker of |g| decays by (1 - gamma2)^2 a step, so the t - 1 gradients before this one have that mass
             a, decay = (1 - beta2) / (1 - beta2**ctx.v_step), (1 - gamma2) ** 2
             v = tracked.div_(1 - decay ** max(ctx.v_step - 1, 1)).square_().mul_(1 - a).addcmul_(grad, grad, value=a)
-        direction = rules.adam(m.div_(1 - beta1**ctx.m_step), v, self.eps).mul_(self.scale)
-        return direction.clamp_(-(largest**0.5), largest**0.5)
+        return factors.bounded(rules.adam(m.div_(1 - beta1**ctx.m_step), v, self.eps).mul_(self.scale))
 
-    def _advance_(self, state: State, grad: Tensor, gamma1: float, gamma2: float) -> None:
-        """One block-Newton step of both products, towards g and |g|: Theorem 3.1, equations 11 and 12."""
-        relative, silent = self.damping_mode == "relative", (grad == 0).all()
-        new: State = {}
-        for name, target, gamma in (("m", grad, gamma1), ("v", grad.abs(), gamma2)):
-            b, a = state[f"{name}_B"], state[f"{name}_A"]
-            new_b = b.lerp(target @ damped_pinv(a.mT, self.damping, relative=relative).mT, gamma)
-            basis = new_b if self.updates == "sequential" else b
-            new_a = a.lerp(damped_pinv(basis, self.damping, relative=relative) @ target, gamma)
-            new[f"{name}_B"] = torch.where(silent, (1 - gamma) ** 2 * b, new_b)
-            new[f"{name}_A"] = torch.where(silent, a, new_a)
-        # all four or none: a first moment that saw a gradient which the second did not would be divided by too little
-        bounds = [new[f"{x}_B"].abs().amax() * new[f"{x}_A"].abs().amax() * new["m_B"].shape[1] for x in "mv"]
-        sound = torch.stack(bounds).isfinite().all()  # no entry of a product can overflow either
-        for name, factor in new.items():
-            state[name].copy_(torch.where(sound, factor, state[name]))
+    def moments(self, state: State, m_step: int, v_step: int) -> State:
+        """What the factors stand for, bias-corrected: estimates of E g and E g^2."""
+        m, v = factors.product(state, "m"), factors.product(state, "v")
+        mass = 1 - self.betas[1] ** (v_step / 2)  # of the average of |g|, whichever correction the step uses
+        return {"m": m.div_(1 - self.betas[0] ** m_step), "v": v.div_(mass).square_()}
 
 
-@register("lora-pre-stable", paper=f"{PAPER}; stabilised here", quick={"lr": 4e-3, "rank": 32, "scale": 0.25})
-@dataclass(frozen=True)
+@register("lora-pre-stable", paper=f"{PAPER}; stabilised here", quick={"lr": 1e-3, "rank": 32})
+@dataclass(frozen=True, kw_only=True)
 class LoRAPreStable(LoRAPre):
     """LoRA-Pre with sequential updates, relative damping and a second moment whose weights sum to one.
 
@@ -128,3 +146,43 @@ class LoRAPreStable(LoRAPre):
     bias_correction: Literal["paper", "exact"] = "exact"
     damping: float = 1e-3
     damping_mode: Literal["absolute", "relative"] = "relative"
+
+
+@register("lora-pre-muon", paper=PAPER, quick={"lr": 5e-3, "rank": 32})
+@dataclass(frozen=True, kw_only=True)
+class LoRAPreMuon(Regression):
+    """Muon's momentum as one product of rank-r factors: Algorithm 2.
+
+        m = mu m_B m_A + g
+        m_B <- (1 - g1) m_B + g1 / (1 - mu) g m_A^+              X^+ the damped pseudo-inverse
+        m_A <- (1 - g1) m_A + g1 / (1 - mu) m_B^+ g              1 - g1 = sqrt(mu)
+        direction = scale NewtonSchulz(m)
+
+    Paper: arXiv 2602.24283, Algorithm 2, Theorem 3.1. Muon's momentum sums gradients, so each factor is fitted to
+    g / (1 - mu), the constant gradient's fixed point.
+
+    Deviations, beside those of `lora-pre`:
+    - The one transcription of Algorithm 2 at hand swaps g1 and 1 - g1 and then orthogonalises the advanced factors
+      alone. Neither has a memory of mu; ours is the reading whose fixed point is Muon's (`test_muon_fixed_point`).
+    - Momentum, Nesterov, iteration and shape factor are not stated: mu = 0.95, no Nesterov, and torch's other two.
+    """
+
+    momentum: float = 0.95
+    """mu, the decay of the momentum."""
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original"
+    """How the step depends on the shape, as in `torch.optim.Muon`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_adam("lora-pre-muon", (self.momentum, 0.0), 0.0)
+        check_choice("lora-pre-muon", adjust_lr_fn=(self.adjust_lr_fn, rules.ADJUSTMENTS))
+
+    def init(self, param: Tensor) -> State:
+        return stores.factored(param, self.rank, "m")
+
+    def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
+        self.begin_(state, ctx, m=ctx.m_step)
+        grad, mu = rules.squarable(grad), self.momentum
+        m = torch.addmm(grad, state["m_B"], state["m_A"], alpha=mu)
+        self.advance_(state, m=(grad / (1 - mu), 1 - mu**0.5))
+        return rules.orthogonalize(m, self.adjust_lr_fn).mul_(self.scale)

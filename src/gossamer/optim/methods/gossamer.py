@@ -1,0 +1,200 @@
+"""Gossamer: follow the momentum by one warm-started subspace iteration a step, in two thin factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import UserError
+from gossamer.optim import factors, rules, stores
+from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, register
+
+PAPER = "this project, docs/methods/gossamer.md"
+SECOND = ("rows-columns", "square", "absolute", "dense")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracker:
+    """What the three rules share: a first moment M = B A that follows its exact average.
+
+        W  = orth(A^T)^T                                           (a random frame before the first step)
+        B' = orth(decay B (A W^T) + (1 - decay) g W^T)
+        A' = decay (B'^T B) A + (1 - decay) B'^T g
+
+    What a step uses is `past M + own g + tail (mass - own) H`, where H is the part of g outside B and W, of which M
+    remembers nothing: a dense momentum would hold it with weight mass - own if it stayed the same.
+    """
+
+    rank: int = 128
+    """Columns of B and rows of A."""
+    tail: float = 1.0
+    """Weight, in [0, 1], of the gradient outside the subspace: 0 leaves it the weight of a single step."""
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_rank(name, self.rank)
+        if not 0.0 <= self.tail <= 1.0:
+            raise UserError(f"{name}: tail is {self.tail}; allowed: 0 <= tail <= 1")
+
+    def blend(self, state: State, w: Tensor, grad: Tensor, *, past: float, own: float, mass: float) -> Tensor:
+        """`past B A + own g + tail (mass - own) H`, (m, n)."""
+        m = torch.addmm(grad, state["m_B"], state["m_A"], beta=own, alpha=past)
+        return m.add_(factors.outside(state["m_B"], w, grad), alpha=self.tail * (mass - own))
+
+
+@register("gossamer", paper=PAPER, quick={"lr": 1e-3, "rank": 32})
+@dataclass(frozen=True)
+class Gossamer(Tracker):
+    """AdamW whose first moment follows the exact average in two thin factors.
+
+        m = [beta1 B A + (1 - beta1) g + tail (c - (1 - beta1)) H] / c,   c = 1 - beta1^t
+        direction = m / (sqrt(v) + eps), then B, A follow g
+
+    The second moment v, bias-corrected, is held in one of four ways (`second`), always with this gradient's own
+    square at full resolution, weight a = (1 - beta2) / (1 - beta2^t), beside the history:
+
+        rows-columns   row and column means of g^2, r c / mean(r)                                  m + n numbers
+        square         B A follows g^2, negative entries replaced by their mean magnitude          r (m + n)
+        absolute       B A follows |g| with decay sqrt(beta2), and is squared                      r (m + n)
+        dense          as AdamW                                                                    m n
+
+    Source: `docs/methods/gossamer.md` has the derivation. At full rank: AdamW (`test_full_rank_is_the_parent`).
+
+    Deviations: none, it is ours. "absolute" estimates (E|g|)^2, which is less than E g^2.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    second: Literal["rows-columns", "square", "absolute", "dense"] = "rows-columns"
+    """How the second moment is held."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_adam("gossamer", self.betas, self.eps)
+        check_choice("gossamer", second=(self.second, SECOND))
+
+    def init(self, param: Tensor) -> State:
+        state = stores.factored(param, self.rank, "m")
+        if self.second == "dense":
+            return state | stores.dense(param, "v")
+        if self.second == "rows-columns":
+            return state | factors.means(param, "v")
+        return state | stores.factored(param, self.rank, "v")
+
+    def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
+        grad = rules.squarable(grad)
+        beta1, mass = self.betas[0], 1 - self.betas[0] ** ctx.m_step
+        w = factors.frame(state, "m", ctx.m_step == 1, ctx.generator)
+        m = self.blend(state, w, grad, past=beta1, own=1 - beta1, mass=mass).div_(mass)
+        new = {"m": factors.follow(state["m_B"], state["m_A"], w, grad, beta1)}
+        v = self._second_moment(grad, state, ctx, new)
+        factors.keep_(state, **new)
+        return factors.bounded(rules.adam(m, v, self.eps))
+
+    def _second_moment(self, grad: Tensor, state: State, ctx: Context, new: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """The bias-corrected second moment of this step. Advances it, or adds its new factors to `new`."""
+        beta2, t, square = self.betas[1], ctx.v_step, grad.square()
+        own = (1 - beta2) / (1 - beta2**t)
+        past = self._history(state, t - 1)
+        if self.second == "dense":
+            state["v"].lerp_(square, 1 - beta2)
+        elif self.second == "rows-columns":
+            factors.follow_means_(state, "v", square, beta2)
+        else:
+            target, decay = (square, beta2) if self.second == "square" else (grad.abs(), beta2**0.5)
+            w = factors.frame(state, "v", t == 1, ctx.generator)
+            new["v"] = factors.follow(state["v_B"], state["v_A"], w, target, decay)
+        return past.mul_(1 - own).add_(square, alpha=own)
+
+    def _history(self, state: State, steps: int) -> Tensor:
+        """The second moment of the `steps` gradients so far, bias-corrected, (m, n); zero before the first."""
+        beta2, steps = self.betas[1], max(steps, 1)
+        if self.second == "dense":
+            return state["v"] / (1 - beta2**steps)
+        if self.second == "rows-columns":
+            return factors.from_means(state, "v").div_(1 - beta2**steps)
+        tracked = factors.product(state, "v")
+        if self.second == "square":
+            return factors.nonnegative(tracked).div_(1 - beta2**steps)
+        return tracked.div_(1 - beta2 ** (steps / 2)).square_()
+
+    def moments(self, state: State, m_step: int, v_step: int) -> State:
+        """What the state stands for after that many steps, bias-corrected: estimates of E g and E g^2."""
+        m = factors.product(state, "m").div_(1 - self.betas[0] ** m_step)
+        return {"m": m, "v": self._history(state, v_step)}
+
+
+@register("gossamer-lion", paper=PAPER, quick={"lr": 3e-4, "rank": 32})
+@dataclass(frozen=True)
+class GossamerLion(Tracker):
+    """Lion whose momentum follows the exact average in two thin factors.
+
+        direction = sign(beta1 B A + (1 - beta1) g + tail beta1 (1 - beta2^(t-1)) H), then B, A follow g with beta2
+
+    Source: `docs/methods/gossamer.md`. At full rank: Lion.
+
+    Deviations: none, it is ours.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Weight of the momentum in the step, and its decay."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_adam("gossamer-lion", self.betas, 0.0)
+
+    def init(self, param: Tensor) -> State:
+        return stores.factored(param, self.rank, "m")
+
+    def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
+        grad = rules.squarable(grad)
+        beta1, beta2 = self.betas
+        w = factors.frame(state, "m", ctx.m_step == 1, ctx.generator)
+        mass = 1 - beta1 * beta2 ** (ctx.m_step - 1)
+        direction = self.blend(state, w, grad, past=beta1, own=1 - beta1, mass=mass).sign_()
+        factors.keep_(state, m=factors.follow(state["m_B"], state["m_A"], w, grad, beta2))
+        return direction
+
+
+@register("gossamer-muon", paper=PAPER, quick={"lr": 5e-3, "rank": 32})
+@dataclass(frozen=True)
+class GossamerMuon(Tracker):
+    """Muon whose momentum follows the exact average in two thin factors.
+
+        m = momentum B A + (1 - momentum) g
+        direction = NewtonSchulz((1 - momentum) g + momentum m + tail ... H), then B, A follow g
+
+    Source: `docs/methods/gossamer.md`. At full rank: `muon`, and so `torch.optim.Muon`.
+
+    Deviations: none, it is ours.
+    """
+
+    momentum: float = 0.95
+    """Decay of the momentum."""
+    nesterov: bool = True
+    """Look one step ahead, as `torch.optim.Muon`."""
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original"
+    """How the step depends on the shape, as in `torch.optim.Muon`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_adam("gossamer-muon", (self.momentum, 0.0), 0.0)
+        check_choice("gossamer-muon", adjust_lr_fn=(self.adjust_lr_fn, rules.ADJUSTMENTS))
+
+    def init(self, param: Tensor) -> State:
+        return stores.factored(param, self.rank, "m")
+
+    def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
+        grad, mu = rules.squarable(grad), self.momentum
+        w = factors.frame(state, "m", ctx.m_step == 1, ctx.generator)
+        past, own, mass = mu, 1 - mu, 1 - mu**ctx.m_step
+        if self.nesterov:  # (1 - mu) g + mu (past B A + own g)
+            past, own, mass = mu * past, (1 - mu) + mu * own, (1 - mu) + mu * mass
+        m = self.blend(state, w, grad, past=past, own=own, mass=mass)
+        factors.keep_(state, m=factors.follow(state["m_B"], state["m_A"], w, grad, mu))
+        return rules.orthogonalize(m, self.adjust_lr_fn)
