@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gossamer.bench.suite import SUITES, Bench
 from gossamer.bench.timing import step_time_ratio
 from gossamer.errors import UserError
-from gossamer.memory import predict
 from gossamer.models import build_model, resolve_config
 from gossamer.optim.contract import Entry, Method, build
 from gossamer.train import Pretrain, pretrain
@@ -31,18 +31,20 @@ def bench(options: Bench) -> Path:
         for lr in options.lrs or (preset_lr,):
             for seed in options.seeds:
                 label = f"{entry.name} lr {lr:g} seed {seed}"
+                steps = options.steps or suite.steps
                 config = Pretrain(
                     method=method,
                     model=suite.model,
                     data=suite.data,
                     out=folder / label.replace(" ", "-"),
                     resume=True,
-                    steps=options.steps or suite.steps,
+                    steps=steps,
                     batch_size=suite.batch_size,
                     lr=lr,
-                    eval_every=suite.eval_every,
+                    fallback_lr=suite.fallback_lr,
+                    eval_every=-(-steps // suite.evals),
                     eval_tokens=suite.eval_tokens,
-                    save_every=suite.eval_every,
+                    save_every=-(-steps // suite.evals),
                     keep_last=1,
                     seed=seed,
                 )
@@ -50,7 +52,7 @@ def bench(options: Bench) -> Path:
                     continue
                 if label in finished:  # made under another configuration: its checkpoints cannot be continued
                     shutil.rmtree(config.out, ignore_errors=True)
-                ratio = ratio or _step_time_ratio(method, suite.model, options.rounds)
+                ratio = ratio or step_time_ratio(lambda: _model(suite.model), method, rounds=options.rounds)
                 row = _row(options.suite, label, entry.name, config, ratio)
                 with rows.open("a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -86,7 +88,6 @@ def _preset(entry: Entry, suite: str) -> tuple[Method, float]:
 
 def _row(suite: str, label: str, name: str, config: Pretrain[Any], ratio: float) -> dict[str, Any]:
     result = pretrain(config, label=label)
-    memory = predict(config.model, config.method, dtype=getattr(torch, config.dtype))
     log = config.out / "log.jsonl"
     start = json.loads(log.read_text().partition("\n")[0])
     return {
@@ -94,14 +95,13 @@ def _row(suite: str, label: str, name: str, config: Pretrain[Any], ratio: float)
         "label": label,
         "method": name,
         "lr": config.lr,
+        "fallback_lr": config.fallback_lr,
         "seed": config.seed,
         "steps": config.steps,
         "perplexity": result.score.perplexity,
         "legacy_perplexity": result.score.legacy_perplexity,
         "eval_tokens": result.score.tokens,
-        "state_bytes": memory.state,
-        "hidden_state_bytes": memory.hidden_state,
-        "weights_bytes": memory.weights,
+        **{f"{part}_bytes": start["memory"][part] for part in ("state", "hidden_state", "weights")},
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "step_time_ratio": ratio,
@@ -110,7 +110,5 @@ def _row(suite: str, label: str, name: str, config: Pretrain[Any], ratio: float)
     }
 
 
-def _step_time_ratio(method: Method, model: str, rounds: int) -> float:
-    return step_time_ratio(
-        lambda: build_model(resolve_config(model), dtype=torch.float32, device="cpu", seed=0), method, rounds=rounds
-    )
+def _model(name: str) -> nn.Module:
+    return build_model(resolve_config(name), dtype=torch.float32, device="cpu", seed=0)

@@ -22,13 +22,24 @@ class Suite:
     data: DataConfig
     steps: int
     batch_size: int
+    fallback_lr: float
+    """Of embeddings, output head and norms, by the same AdamW in every run: methods differ in hidden matrices alone."""
     eval_tokens: int
-    eval_every: int
+    evals: int
+    """Evaluations of a run, evenly spaced; the last one counts."""
 
 
 SUITES = {
     # a Llama with d = 128 on the standard library's text: minutes on two cores
-    "quick": Suite("tiny", DataConfig(seq_len=128), steps=300, batch_size=16, eval_tokens=100_000, eval_every=100),
+    "quick": Suite(
+        "tiny",
+        DataConfig(seq_len=128),
+        steps=150,
+        batch_size=16,
+        fallback_lr=4e-3,
+        eval_tokens=100_000,
+        evals=2,
+    ),
 }
 
 
@@ -46,7 +57,7 @@ class Bench:
     methods: tuple[str, ...] = ()
     """Which methods; none named: all that have a preset. `adamw`, the reference, always runs."""
     lrs: tuple[float, ...] = ()
-    """Learning rates to try for every method; none given: each method's preset."""
+    """Learning rates of hidden matrices to try for every method; none given: each method's preset."""
     seeds: tuple[int, ...] = (0,)
     """One run for each."""
     steps: int | None = None
