@@ -1,11 +1,30 @@
-"""How a moment is kept between two steps: dense, or as the product of two thin factors."""
+"""How a moment is kept between two steps: dense, in 8-bit codes, or as the product of two thin factors.
+
+A method that leaves the choice between dense and 8 bits to a field `state_bits` reads a moment, advances what it got in
+place, and writes it back; with 32 bits it got the stored tensor itself, and nothing is copied:
+
+    def init(self, param):
+        return stores.moments(param, "m", "v", bits=self.state_bits)
+
+    def update(self, grad, state, ctx):
+        m = stores.read(state, "m").lerp_(grad, 1 - beta1)
+        v = stores.read(state, "v").mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        stores.write_(state, m=m, v=v)
+"""
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from gossamer.errors import UserError
 from gossamer.optim.contract import State
+
+BLOCK = 256
+"""Neighbours in the flattened tensor that share one scale."""
 
 
 def arithmetic_dtype(param: Tensor) -> torch.dtype:
@@ -27,3 +46,82 @@ def factored(param: Tensor, rank: int, *names: str) -> State:
         state[f"{name}_B"] = torch.zeros(m, r, **like)
         state[f"{name}_A"] = torch.zeros(r, n, **like)
     return state
+
+
+def check_bits(method: str, bits: int) -> None:
+    """The range check of a field `state_bits`."""
+    if bits not in (32, 8):
+        raise UserError(f"{method}: state_bits is {bits}; allowed: 32, 8")
+
+
+def moments(param: Tensor, *names: str, bits: int, shape: tuple[int, ...] | None = None) -> State:
+    """Zero moments for `read` and `write_`: `{name}` if bits is 32; `{name}_codes` and `{name}_scale` if it is 8.
+
+    Args:
+        param: gives dtype and device.
+        shape: of the moment, if it is not the parameter's.
+    """
+    like = param if shape is None else param.new_empty(()).expand(shape)
+    if bits == 32:
+        return dense(like, *names)
+    state = {}
+    for name in names:
+        state[f"{name}_codes"] = torch.zeros_like(like, dtype=torch.uint8, memory_format=torch.contiguous_format)
+        state[f"{name}_scale"] = like.new_zeros(-(-like.numel() // BLOCK), dtype=arithmetic_dtype(param))
+    return state
+
+
+def read(state: State, name: str) -> Tensor:
+    """The moment, to be advanced in place: the stored tensor itself, or what its codes stand for."""
+    if name in state:
+        return state[name]
+    codes, scale = state[f"{name}_codes"], state[f"{name}_scale"]
+    values = codebook(_signed(name), scale.dtype, scale.device)[codes.view(-1).int()]
+    return _blocks(values).mul_(scale[:, None]).view(-1)[: codes.numel()].view(codes.shape)
+
+
+def write_(state: State, **values: Tensor) -> None:
+    """Keep moments: nothing to do for what `read` took from the state itself; otherwise the nearest codes.
+
+    The scale of a block is its entry of largest magnitude, sign and all: that entry and zero are kept exactly, and the
+    codes of -x are those of x. An entry of a second moment (`v...`) that is not zero does not become zero either, but
+    the smallest code: its root is divided by.
+    """
+    for name, value in values.items():
+        if name in state:
+            if value is not state[name]:
+                state[name].copy_(value)
+            continue
+        book, blocks = codebook(_signed(name), value.dtype, value.device), _blocks(value)
+        scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+        unit = blocks / torch.where(scale == 0, torch.ones_like(scale), scale)
+        codes = torch.bucketize(unit, (book[1:] + book[:-1]) / 2, out_int32=True)
+        if not _signed(name):
+            codes = codes.maximum((blocks > 0).int())
+        state[f"{name}_codes"].copy_(codes.view(-1)[: value.numel()].view(value.shape))
+        state[f"{name}_scale"].copy_(scale.squeeze(1))
+
+
+@cache
+def codebook(signed: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The 256 numbers in [-1, 1], or [0, 1], that a code can stand for, in ascending order.
+
+    Dynamic tree quantization (Dettmers et al. 2022, Section 1.3): a sign bit if signed, then k zeros, a one, and what
+    is left of the byte as a linear fraction f. They stand for +-10^-k f, where f is the middle of one of 2^bits equal
+    parts of [0.1, 1]. The two bytes that this leaves over stand for 0 and 1.
+    """
+    magnitudes = []
+    for k in range(7):
+        parts = 2 ** (6 - k if signed else 7 - k)
+        magnitudes += [10.0**-k * (0.1 + 0.9 * (part + 0.5) / parts) for part in range(parts)]
+    negative = [-x for x in magnitudes] if signed else []
+    return torch.tensor(sorted([*negative, 0.0, *magnitudes, 1.0]), dtype=dtype, device=device)  # copied once a device
+
+
+def _signed(name: str) -> bool:
+    return not name.startswith("v")
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """(blocks, BLOCK) of the flattened x, the last one filled up with zeros. A view where nothing is to fill."""
+    return F.pad(x.reshape(-1), (0, -x.numel() % BLOCK)).view(-1, BLOCK)

@@ -1,0 +1,106 @@
+"""APOLLO: the raw gradient, scaled channel by channel as a small Adam on a random projection says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import UserError
+from gossamer.optim import rules, subspace
+from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, hash63, register
+from gossamer.optim.subspace import Subspace, check_gap, check_growth, generation, tall
+
+PAPER = "Zhu et al., APOLLO, MLSys 2025, arXiv 2412.05270"
+
+
+@register("apollo", paper=PAPER, quick={"lr": 2e-3, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)})
+@dataclass(frozen=True)
+class Apollo:
+    """SGD with a learning rate for each channel, read off an Adam that sees a random projection of the gradient.
+
+        P ~ N(0, 1/r), s x r, drawn anew every update_proj_gap steps
+        R = P^T G  (wide)  or  G P  (tall);    m, v, N: Adam on R
+        s_j = |N_j| / |R_j|                        for each channel j of the larger side, or one s for all
+        U = G diag(s)                              (wide; a tall matrix transposed)
+        U <- U min(1, gamma |U|_before / |U|)      the limiter, before bias correction
+        direction = sqrt(scale) U
+
+    Paper: arXiv 2412.05270, Algorithm 1. State: `m` and `v` (l, r), and `norm`, one number, with the limiter. P is not
+    kept: every step draws it again from (seed, parameter name, number of the refresh).
+
+    Deviations:
+    - `scale` enters as its square root, as in the authors' code, after the limiter; their `scale_front` puts it before,
+      which differs by no more than the 1e-8 in the limiter.
+    - The limiter acts before bias correction, as in the authors' code: see `Fira`. A norm of zero limits nothing.
+    - eps is added to the bias-corrected root, as in torch; the authors add 1e-6 before the correction (`test_apollo`).
+    - The stream of P is ours; theirs is a chain of seeds. Their projector by SVD (APOLLO-SVD) is not offered.
+    - Gradient entries beyond 4e9 (fp32) are cut (`test_no_nonfinite_weight`).
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    rank: int = 128
+    """Rows of the projection, r. The authors' C4 runs: a quarter of the hidden size."""
+    update_proj_gap: int = 200
+    """Steps between two projections, T."""
+    scale: float = 1.0
+    """The direction is multiplied by its square root, alpha."""
+    scaling: Literal["channel", "tensor"] = "channel"
+    """One factor for each channel of the larger side, or one for the matrix."""
+    growth_limit: float | None = 1.01
+    """By how much the direction's norm may grow a step, gamma. None: without bound."""
+
+    def __post_init__(self) -> None:
+        check_adam("apollo", self.betas, self.eps)
+        check_rank("apollo", self.rank)
+        check_gap("apollo", self.update_proj_gap)
+        check_growth("apollo", self.growth_limit)
+        check_choice("apollo", scaling=(self.scaling, ("channel", "tensor")))
+        if self.scale < 0:
+            raise UserError(f"apollo: scale is {self.scale}; allowed: a number >= 0")
+
+    def init(self, param: Tensor) -> State:
+        state = subspace.moments(param, self.rank)
+        return state if self.growth_limit is None else state | subspace.fresh_norm(param)
+
+    def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
+        beta1, beta2 = self.betas
+        grad = subspace.bounded(grad)
+        view = Subspace(self.projection(grad, ctx), tall(grad))
+
+        low = view.down(grad)
+        m = state["m"].lerp_(low, 1 - beta1)
+        v = state["v"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
+        correction1, correction2 = 1 - beta1**ctx.m_step, 1 - beta2**ctx.v_step
+        psi = rules.adam(m / correction1, v / correction2, self.eps)
+
+        gain = subspace.channel_gain(psi, low, tensor=self.scaling == "tensor")
+        if self.growth_limit is not None:
+            size = subspace.norm(gain * view.channel_norms(grad)) * (correction1 / correction2**0.5)
+            gain = gain * subspace.limit_growth(size, state["norm"], self.growth_limit)
+        return grad.mul_(view.along(gain * self.scale**0.5))
+
+    def projection(self, grad: Tensor, ctx: Context) -> Tensor:
+        """P, s x r: the same between two refreshes, without being kept."""
+        seed = hash63(ctx.key, generation(ctx.step, self.update_proj_gap))
+        size, rank = min(grad.shape), min(self.rank, *grad.shape)
+        generator = torch.Generator(grad.device).manual_seed(seed)
+        return torch.randn(size, rank, dtype=grad.dtype, device=grad.device, generator=generator).div_(rank**0.5)
+
+
+@register("apollo-mini", paper=PAPER, quick={"lr": 2e-3, "rank": 1, "update_proj_gap": 50, "betas": (0.9, 0.95)})
+@dataclass(frozen=True)
+class ApolloMini(Apollo):
+    """APOLLO at rank 1 with one factor for the whole matrix: state of two vectors.
+
+    The algorithm, paper and deviations are `Apollo`'s; three defaults differ.
+    """
+
+    rank: int = 1
+    scale: float = 128.0
+    scaling: Literal["channel", "tensor"] = "tensor"

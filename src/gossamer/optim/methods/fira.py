@@ -1,0 +1,92 @@
+"""Fira: GaLore, plus what the projection left out, scaled as Adam scaled what it kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from gossamer.optim import rules, subspace
+from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, register
+from gossamer.optim.subspace import Subspace, check_gap, check_growth, due, tall
+
+
+@register(
+    "fira",
+    paper="Chen et al., Fira, NeurIPS 2025, arXiv 2410.01623",
+    quick={"lr": 4e-3, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)},
+)
+@dataclass(frozen=True)
+class Fira:
+    """GaLore's direction plus the gradient's residual, channel by channel as long as Adam would have made it.
+
+        P, R, m, v, N: as GaLore
+        phi_j = |N_j| / |R_j|                      one number for each channel j of the larger side
+        E = (G - scale P R) diag(phi)              residual="code"; G - P R for "paper"
+        E <- E min(1, gamma |E|_before / |E|)      the limiter, before bias correction
+        direction = scale P N + E                  (wide; a tall matrix transposed)
+
+    Paper: arXiv 2410.01623, norm-based scaling and norm-growth limiter. State: GaLore's, and `norm`, one
+    number, with the limiter.
+
+    Deviations:
+    - The paper subtracts P R; the authors' code, whose numbers were published, subtracts scale P R, so that
+      1 - scale of the projected gradient stays in the residual. `residual` chooses; the default is the code's
+      (`test_fira`).
+    - The limiter acts on E without Adam's bias correction, as in the authors' code, where the correction is part of the
+      step size: norms are divided by sqrt(1 - beta2^t) / (1 - beta1^t) before they are compared, which is the same
+      (`test_fira`). A norm of zero limits nothing; there, growth would have to start from 1e-8
+      (`test_a_zero_gradient_does_not_freeze_the_limiter`).
+    - eps, dtypes, signs, the cut of huge gradients, `refresh` and `staggered`: as `GaLore`.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    rank: int = 128
+    """Directions kept, r."""
+    update_proj_gap: int = 50
+    """Steps between two refreshes of the projector, T. The authors' C4 runs: 200, at 7B 500."""
+    scale: float = 0.25
+    """Multiplies the projected part, alpha. The authors' C4 runs: 0.25, at 1B and 7B 0.0625."""
+    residual: Literal["code", "paper"] = "code"
+    """What is left of the gradient: G - scale P R, or G - P R."""
+    growth_limit: float | None = 1.01
+    """By how much the residual's norm may grow a step, gamma. None: without bound."""
+    refresh: Literal["svd", "warm"] = "svd"
+    """An SVD of the gradient, or one subspace iteration from the old projector."""
+    staggered: bool = False
+    """Refresh parameters in turn over the gap instead of all in one step."""
+
+    def __post_init__(self) -> None:
+        check_adam("fira", self.betas, self.eps)
+        check_rank("fira", self.rank)
+        check_gap("fira", self.update_proj_gap)
+        check_growth("fira", self.growth_limit)
+        check_choice("fira", refresh=(self.refresh, subspace.REFRESHES), residual=(self.residual, ("code", "paper")))
+
+    def init(self, param: Tensor) -> State:
+        state = subspace.fresh(param, self.rank)
+        return state if self.growth_limit is None else state | subspace.fresh_norm(param)
+
+    def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
+        beta1, beta2 = self.betas
+        grad, basis = subspace.bounded(grad), state["basis"]
+        if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
+            basis.copy_(subspace.refreshed(basis, grad, ctx, self.refresh))
+        view = Subspace(basis, tall(grad))
+
+        low = view.down(grad)
+        m = state["m"].lerp_(low, 1 - beta1)
+        v = state["v"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
+        correction1, correction2 = 1 - beta1**ctx.m_step, 1 - beta2**ctx.v_step
+        psi = rules.adam(m / correction1, v / correction2, self.eps)
+
+        residual = grad.sub_(view.up(low * (self.scale if self.residual == "code" else 1.0)))
+        gain = subspace.channel_gain(psi, low)
+        if self.growth_limit is not None:
+            size = subspace.norm(gain * view.channel_norms(residual)) * (correction1 / correction2**0.5)
+            gain = gain * subspace.limit_growth(size, state["norm"], self.growth_limit)
+        return residual.mul_(view.along(gain)).add_(view.up(psi * self.scale))

@@ -1,0 +1,95 @@
+"""GaLore: Adam on the gradient's projection onto its leading singular directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from gossamer.optim import rules, stores, subspace
+from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, register
+from gossamer.optim.subspace import Subspace, check_gap, due, tall
+
+
+@register(
+    "galore",
+    paper="Zhao et al., GaLore, ICML 2024, arXiv 2403.03507",
+    quick={"lr": 1e-3, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)},
+)
+@dataclass(frozen=True)
+class GaLore:
+    """Adam whose moments live on r leading singular directions of the gradient's smaller side.
+
+        every update_proj_gap steps: P = the first r left (wide) or right (tall) singular vectors of G, s x r
+        R = P^T G  (wide)  or  G P  (tall)
+        m <- beta1 m + (1 - beta1) R;    v <- beta2 v + (1 - beta2) R^2
+        N = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+        direction = scale P N  (wide)  or  scale N P^T  (tall)
+
+    Paper: arXiv 2403.03507, Algorithm 2. State: `basis` (s, r), `m` and `v` (l, r) with s, l the smaller and the larger
+    side. At full rank: AdamW on the rotated gradient (`test_full_rank_is_adamw_in_rotated_coordinates`).
+
+    Deviations from the paper and the authors' code:
+    - eps is added to the bias-corrected root, as in torch; the authors add 1e-6 before the correction, an effective
+      eps / sqrt(1 - beta2^t) (`test_galore`).
+    - Projector and moments are fp32 whatever the weight's dtype, and singular vectors have fixed signs: moments outlive
+      a refresh, so signs matter (`test_galore`).
+    - Gradient entries beyond 4e9 (fp32) are cut (`test_no_nonfinite_weight`).
+    - `refresh="warm"` and `staggered` are ours.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    rank: int = 128
+    """Directions kept, r."""
+    update_proj_gap: int = 50
+    """Steps between two refreshes of the projector, T. The authors' C4 runs: 200, at 7B 500."""
+    scale: float = 1.0
+    """Multiplies the direction, alpha. The authors' C4 runs: 0.25."""
+    refresh: Literal["svd", "warm"] = "svd"
+    """An SVD of the gradient, or one subspace iteration from the old projector."""
+    staggered: bool = False
+    """Refresh parameters in turn over the gap instead of all in one step."""
+    state_bits: Literal[32, 8] = 32
+    """Of each moment: fp32, or 8-bit codes with one scale for 256 neighbours (the paper's 8-bit GaLore)."""
+
+    def __post_init__(self) -> None:
+        check_adam("galore", self.betas, self.eps)
+        check_rank("galore", self.rank)
+        check_gap("galore", self.update_proj_gap)
+        stores.check_bits("galore", self.state_bits)
+        check_choice("galore", refresh=(self.refresh, subspace.REFRESHES))
+
+    def init(self, param: Tensor) -> State:
+        return subspace.fresh(param, self.rank, self.state_bits)
+
+    def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
+        beta1, beta2 = self.betas
+        grad, basis = subspace.bounded(grad), state["basis"]
+        if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
+            basis.copy_(subspace.refreshed(basis, grad, ctx, self.refresh))
+        view = Subspace(basis, tall(grad))
+
+        low = view.down(grad)
+        m = stores.read(state, "m").lerp_(low, 1 - beta1)
+        v = stores.read(state, "v").mul_(beta2).addcmul_(low, low, value=1 - beta2)
+        stores.write_(state, m=m, v=v)
+        return view.up(rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps) * self.scale)
+
+
+@register(
+    "galore-8bit",
+    paper="Zhao et al., GaLore, ICML 2024, arXiv 2403.03507",
+    quick={"lr": 1e-3, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)},
+)
+@dataclass(frozen=True)
+class GaLore8bit(GaLore):
+    """GaLore with both moments in 8-bit codes; the projector stays fp32.
+
+    The algorithm, paper and deviations are `GaLore`'s; the codes and their deviations `AdamW8bit`'s.
+    """
+
+    state_bits: Literal[32, 8] = 8

@@ -1,0 +1,193 @@
+"""Coordinates on a few directions of a matrix's smaller side: what GaLore, GoLore, Fira, APOLLO and LDAdam share.
+
+    basis = subspace.refreshed(state["basis"], grad, ctx, "svd")      # s x r, orthonormal columns
+    view = Subspace(basis, tall(grad))
+    low = view.down(grad)                                             # l x r
+    direction = view.up(low)                                          # the shape of grad
+
+A matrix is m x n, s = min(m, n), l = max(m, n). It is tall where m >= n, so a square one is. A wide one is worked on as
+its transpose: in the subspace every tensor is l x r, one row for each channel of the larger side, and only this file
+knows which side that was.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gossamer import linalg
+from gossamer.errors import UserError
+from gossamer.optim import stores
+from gossamer.optim.contract import Context, State
+from gossamer.optim.stores import arithmetic_dtype
+
+Refresh = Literal["svd", "warm", "random"]
+REFRESHES = ("svd", "warm")
+"""The kinds of refresh that look at the gradient."""
+
+START_ITERATIONS = 3
+"""Subspace iterations from a Gaussian start, where "warm" has no old basis yet."""
+
+TINY_NORM = 1e-8
+"""Added to norms that divide: the authors' constant in Fira and in APOLLO, for the gain and for the limiter."""
+
+
+def tall(matrix: Tensor) -> bool:
+    """Whether the columns are the smaller side (m >= n)."""
+    return matrix.shape[0] >= matrix.shape[1]
+
+
+def low_shape(param: Tensor, rank: int) -> tuple[int, int]:
+    """(l, r): the shape of what lives in the subspace; r = min(rank, m, n)."""
+    return max(param.shape), min(rank, *param.shape)
+
+
+def fresh(param: Tensor, rank: int, bits: int = 32) -> State:
+    """`basis` (s, r) and the moments `m` and `v` (l, r), all zero: the first step draws the basis."""
+    size, like = min(param.shape), {"dtype": arithmetic_dtype(param), "device": param.device}
+    return {"basis": torch.zeros(size, min(rank, size), **like)} | moments(param, rank, bits)
+
+
+def moments(param: Tensor, rank: int, bits: int = 32) -> State:
+    """`m` and `v` (l, r), zero; with 8 bits as `stores.moments` keeps them."""
+    return stores.moments(param, "m", "v", bits=bits, shape=low_shape(param, rank))
+
+
+def fresh_norm(param: Tensor) -> State:
+    """`norm`: what the growth limiter remembers, one number; zero before the first step."""
+    return {"norm": torch.zeros((), dtype=arithmetic_dtype(param), device=param.device)}
+
+
+def bounded(grad: Tensor) -> Tensor:
+    """`grad` with its entries cut at the fourth root of the largest number: 4e9 in fp32.
+
+    Squares of sums over a side and their sums over the matrix then stay finite, and so does every weight. NaN stays.
+    """
+    bound = torch.finfo(grad.dtype).max ** 0.25
+    return grad.clamp(-bound, bound)
+
+
+class Subspace(NamedTuple):
+    """The span of r directions of the smaller side of an m x n matrix."""
+
+    basis: Tensor
+    """s x r."""
+    tall: bool
+
+    def down(self, matrix: Tensor) -> Tensor:
+        """Coordinates of `matrix`, l x r: G P for a tall matrix, G^T P for a wide one (the paper's (P^T G)^T)."""
+        return (matrix if self.tall else matrix.mT) @ self.basis
+
+    def up(self, low: Tensor) -> Tensor:
+        """The matrix whose coordinates are `low` (l x r), in the shape of the weight."""
+        return low @ self.basis.mT if self.tall else self.basis @ low.mT
+
+    def along(self, gain: Tensor) -> Tensor:
+        """One number for each channel (l x 1, or 1 x 1) in a shape that broadcasts over the weight."""
+        return gain if self.tall else gain.mT
+
+    def channel_norms(self, matrix: Tensor) -> Tensor:
+        """Norm of each channel of a matrix of the weight's shape, l x 1."""
+        return torch.linalg.vector_norm(matrix if self.tall else matrix.mT, dim=1, keepdim=True)
+
+
+# --- the basis ---
+
+
+def check_gap(method: str, update_proj_gap: int) -> None:
+    if update_proj_gap < 1:
+        raise UserError(f"{method}: update_proj_gap is {update_proj_gap}; allowed: an integer >= 1")
+
+
+def generation(step: int, gap: int, key: int = 0) -> int:
+    """The number of the basis in force at a step, from 0. It goes up every `gap` steps.
+
+    Args:
+        step: counts from 1.
+        key: shifts the schedule by `key % gap` steps. With the parameter's own key, parameters take turns; with 0 all
+            refresh in the same steps.
+    """
+    return (step - 1 + key % gap) // gap
+
+
+def due(step: int, gap: int, key: int = 0) -> bool:
+    """Whether the basis is refreshed at this step: always at the first, and then every `gap` steps."""
+    return step == 1 or generation(step, gap, key) != generation(step - 1, gap, key)
+
+
+def refreshed(old: Tensor, grad: Tensor, ctx: Context, kind: Refresh) -> Tensor:
+    """A new basis, s x r with orthonormal columns. `old` is only read.
+
+    "svd": the leading singular vectors of `grad` on its smaller side. "warm": one subspace iteration from `old`, which
+    needs no SVD; at the first step three, from a Gaussian start. "random": uniform over all r-dimensional subspaces, by
+    QR of an s x r Gaussian.
+    """
+    long = grad if tall(grad) else grad.mT
+    if kind == "svd":
+        return linalg.svd(long)[2][: old.shape[1]].mT
+    if kind == "warm" and ctx.step > 1:
+        return iterated(old, grad)
+    gaussian = torch.randn(old.shape, dtype=old.dtype, device=old.device, generator=ctx.generator)
+    basis = linalg.orthonormalize(gaussian)
+    for _ in range(START_ITERATIONS if kind == "warm" else 0):
+        basis = iterated(basis, grad)
+    return basis
+
+
+def iterated(basis: Tensor, matrix: Tensor) -> Tensor:
+    """One block power iteration towards the leading singular vectors of `matrix` on its smaller side.
+
+    Q of X^T X basis, with an orthonormalisation between the two products: the same Q in exact arithmetic, but the
+    trailing directions do not drown in the rounding of the squared leading ones.
+    """
+    long = matrix if tall(matrix) else matrix.mT
+    return linalg.orthonormalize(long.mT @ linalg.orthonormalize(long @ basis))
+
+
+# --- norms ---
+
+
+def check_growth(method: str, growth_limit: float | None) -> None:
+    if growth_limit is not None and growth_limit < 1:
+        raise UserError(f"{method}: growth_limit is {growth_limit}; allowed: a number >= 1, or None")
+
+
+def norm(x: Tensor, dim: int | None = None) -> Tensor:
+    """Euclidean norm with the dimensions kept, of numbers so large or so small that their squares are not."""
+    dims = tuple(range(x.ndim)) if dim is None else (dim,)
+    size = x.abs().amax(dims, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return size * torch.linalg.vector_norm(x / size, dim=dims, keepdim=True)
+
+
+def channel_gain(after: Tensor, before: Tensor, *, tensor: bool = False) -> Tensor:
+    """How much a rule lengthened each channel: |after_j| / (|before_j| + 1e-8) over the rank dimension, l x 1.
+
+    Args:
+        after, before: l x r, e.g. Adam's direction and the projected gradient.
+        tensor: one ratio for the whole matrix, 1 x 1.
+    """
+    dim = None if tensor else 1
+    gain = norm(after, dim) / (norm(before, dim) + TINY_NORM)
+    return gain.clamp_max(torch.finfo(gain.dtype).max ** 0.5)
+
+
+def limit_growth(size: Tensor, previous: Tensor, gamma: float) -> Tensor:
+    """The factor that keeps a norm from growing by more than `gamma` a step: Fira's limiter. Advances `previous`.
+
+    On the device throughout. A `previous` of zero limits nothing: it stands for "no step yet", and after a gradient of
+    zero the growth would otherwise have to start from 1e-8.
+
+    Args:
+        size: the norm to limit, one number.
+        previous: () the norm applied at the step before.
+        gamma: 1.01 in the papers.
+
+    Returns:
+        min(1, gamma (previous + 1e-8) / size), 1 x 1.
+    """
+    growth = torch.where(previous > 0, size / (previous + TINY_NORM), torch.ones_like(size))
+    factor = gamma / growth.clamp_min(gamma)
+    previous.copy_((size * factor).squeeze())
+    return factor.reshape(1, 1)
