@@ -1,6 +1,7 @@
 # `make demo` and `make test` do all the set-up: a virtual environment in .venv, under the pins of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+DEMO := adamw muon galore lora-pre-stable mlorc gossamer
 STAMP := .venv/.installed
 # tests run side by side, one a core; a thread pool in each would fight over the cores
 TEST_ENV := OMP_NUM_THREADS=1
@@ -9,7 +10,7 @@ TEST_ENV := OMP_NUM_THREADS=1
 
 # threads that wait without spinning leave the cores to whatever else runs
 demo: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/gossamer bench quick --out runs/demo
+	OMP_WAIT_POLICY=passive $(BIN)/gossamer bench quick --methods $(DEMO) --out runs/demo
 
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2

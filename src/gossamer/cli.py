@@ -109,15 +109,15 @@ def run_methods(argv: list[str]) -> None:
     _parse(MethodsOptions, "methods", argv)
     shape = (4096, 11008)
     matrix = torch.empty(shape, device="meta")
-    table = Table(title=f"state: of a {shape[0]} x {shape[1]} fp32 matrix at the defaults, as a part of adamw's")
+    table = Table(title=f"state: of a {shape[0]} x {shape[1]} matrix at the defaults, and as a part of adamw's")
     for column in ("method", "state", "defaults", "what it is", "paper"):
-        table.add_column(column, no_wrap=column == "method")
+        table.add_column(column, no_wrap=column in ("method", "state"))
     dense = num_bytes(gossamer.AdamW().init(matrix).values())
     for entry in methods().values():
         method = entry.cls()
         defaults = ", ".join(f"{field}={getattr(method, field)!r}" for field in method.__dataclass_fields__)
-        part = num_bytes(method.init(matrix).values()) / dense
-        table.add_row(entry.name, f"{part:.1%}", defaults, entry.summary, entry.paper)
+        size = num_bytes(method.init(matrix).values())
+        table.add_row(entry.name, f"{size / 2**20:.1f} MiB\n{size / dense:.2%}", defaults, entry.summary, entry.paper)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -207,6 +207,6 @@ def _one_line(panel: str) -> str:
     suggestions = [line.split()[0] for line in lines if line.startswith("--")]
     if message.startswith("Unrecognized") and suggestions:
         return f"{message} (did you mean {suggestions[0]}?)"
-    if message.startswith("Unrecognized options: --met"):
-        return f"{message} (did you mean --method?)"  # read before tyro, which does not know of it
+    if message.startswith("Unrecognized"):  # --method is read before tyro, which does not know of it
+        return message + nearest(message.partition(":")[2].split(",")[0].strip(), ["--method"])
     return message

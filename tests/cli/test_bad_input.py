@@ -42,7 +42,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
         ("pretrain --method", "method: no name given"),
         ("pretrain --stepz 3", "--stepz, 3 (did you mean --steps?)"),
         ("pretrain --method lora-pre --method.rnk 3", "--method.rnk, 3 (did you mean --method.rank?)"),
-        ("memory --metod adamw", "(did you mean --method?)"),
+        ("memory --metod adamw", "(did you mean '--method'?)"),
         ("memory --method adamw --method.rank 3", "--method.rank"),
         ("methods --verbose", "--verbose"),
         ("pretrain here", "here"),

@@ -65,7 +65,7 @@ def test_descends_on_a_matrix_problem(name: str) -> None:
     generator = torch.Generator().manual_seed(3)
     a, target = torch.randn(40, 20, generator=generator), torch.randn(20, 12, generator=generator)
     y, x = a @ target, nn.Parameter(torch.zeros(20, 12))
-    opt = optimizer(name, [x], lr=0.05)
+    opt = optimizer(name, [x], lr=0.1)
     schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.01, 300)
     losses = []
     for _ in range(300):
