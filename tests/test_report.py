@@ -7,12 +7,14 @@ import math
 import re
 import shutil
 import subprocess
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gossamer.bench.report import load, summary_table, write_report
+from gossamer.bench import plots, summary_table, write_report
+from gossamer.bench.reading import load
 from gossamer.errors import UserError
 
 MIB = 2**20
@@ -32,13 +34,13 @@ def start(method: str, lr: float, seed: int, label: str = "", state: float = 8.0
         "time": "2026-01-02T03:04:05Z",
         "label": label or f"{method} lr {lr} seed {seed}",
         "method": method,
-        "config": {"model": {"name": "tiny"}, "optimizer": {"lr": lr}, "seed": seed},
+        "config": {"model": "tiny", "lr": lr, "data": {"data": "stories"}, "seed": seed},
         "versions": {"torch": "2.11.0"},
         "hardware": {"cpu": "a cpu", "cores": 2, "accelerator": None},
         "commit": "abc1234",
         "parameters": 1_500_000,
         "memory": memory,
-        "data": {"name": "stories"},
+        "data": {"seq_len": 128},
     }
 
 
@@ -53,6 +55,13 @@ def evaluation(step: int, loss: float) -> dict[str, Any]:
 def end(perplexity: float | None, seconds: float = 10.0) -> dict[str, Any]:
     outcome = {"perplexity": perplexity, "legacy_perplexity": perplexity, "eval_tokens": 4096}
     return {"event": "end", "step": 100, "seconds": seconds, "tokens_per_second": 1234.0} | outcome
+
+
+def look(step: int, method: str) -> dict[str, Any]:
+    """Two parameters' diagnostics; only adamw says what its moments are, only thin has a subspace."""
+    more = {"m_error": 0.0} if method == "adamw" else {"overlap": 0.9 - 0.001 * step}
+    records = [{"name": name, "update_rms": 1 / step, **more} for name in ("layers.0.q", "layers.1.<q>")]
+    return {"event": "diagnostics", "step": step, "parameters": records}
 
 
 def write_run(
@@ -185,16 +194,112 @@ def test_page_escapes_text_loads_nothing_and_is_deterministic(benchmark: Path) -
     assert text == page(benchmark)
 
 
+# --- Learning rates and diagnostics -----------------------------------------------------------------------------------
+
+
+def rates_of(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """The traces of the learning-rate picture by method."""
+    methods = load(directory)
+    figure = plots.rates(methods, plots.styles_of(methods))
+    assert figure
+    traces: dict[str, list[dict[str, Any]]] = {}
+    for trace in figure["data"]:
+        traces.setdefault(trace["name"], []).append(trace)
+    return traces
+
+
+def test_learning_rates_show_means_spread_and_every_seed(benchmark: Path) -> None:
+    traces = rates_of(benchmark)
+    mean, seeds = traces["adamw"]
+    assert (mean["x"], mean["y"]) == ([0.001, 0.002], [31.0, 21.0])
+    assert mean["error_y"]["array"] == pytest.approx([2**0.5, 2**0.5])
+    assert sorted(zip(seeds["x"], seeds["y"], strict=True)) == [(0.001, 30), (0.001, 32), (0.002, 20), (0.002, 22)]
+    assert traces["thin"][0]["x"] == [0.004]
+
+
+def test_a_diverged_seed_leaves_a_gap_and_a_cross(benchmark: Path) -> None:
+    write_run(benchmark, "adamw", 0.002, 2, None)
+    mean, seeds, crosses = rates_of(benchmark)["adamw"]
+    assert mean["y"] == [31.0, None]
+    assert len(seeds["x"]) == 4  # the sound seeds at that rate are still there
+    assert (crosses["x"], crosses["y"], crosses["text"]) == ([0.002], [32.0], ["adamw lr 0.002 seed 2"])
+
+
+@pytest.mark.parametrize(("second", "drawn"), [(0.001, False), (0.004, True)])
+def test_learning_rates_are_drawn_where_a_method_was_tried_at_two(tmp_path: Path, second: float, drawn: bool) -> None:
+    write_run(tmp_path, "adamw", 0.001, 0, 30.0)
+    write_run(tmp_path, "thin", 0.002, 0, 30.0)  # another method at another rate is no sweep
+    write_run(tmp_path, "adamw", second, 1, 25.0)
+    assert ('id="rates"' in page(tmp_path)) == drawn
+
+
+@pytest.fixture
+def diagnosed(benchmark: Path) -> Path:
+    for log in benchmark.rglob("log.jsonl"):
+        events = [json.loads(line) for line in log.read_text().splitlines()]
+        looks = [look(step, events[0]["method"]) for step in range(10, 101, 10)]
+        write_lines(log, [*events[:-1], *looks, events[-1]])
+    return benchmark
+
+
+def test_diagnostics_are_drawn_for_what_was_measured(diagnosed: Path) -> None:
+    methods = load(diagnosed)
+    figures = plots.diagnostics(methods, plots.styles_of(methods))
+    assert list(figures) == ["m_error", "update_rms", "overlap"]
+    assert plots.parameters(methods) == ["layers.0.q", "layers.1.<q>"]
+    curves = figures["update_rms"]["data"]
+    assert len(curves) == 6 * 2
+    shown = {(curve["meta"]["group"], curve["meta"]["parameter"]) for curve in curves if curve["visible"]}
+    assert shown == {("thin 0.004", "layers.0.q"), ("adamw 0.002", "layers.0.q")}
+    assert curves[0]["x"] == list(range(10, 101, 10)) and curves[0]["y"][1] == 0.05
+    axes = {quantity: figure["layout"]["yaxis"] for quantity, figure in figures.items()}
+    assert axes["overlap"]["range"] == [-0.03, 1.03]
+    assert axes["m_error"]["rangemode"] == "tozero" and "type" not in axes["m_error"]
+    text = page(diagnosed)
+    assert "<option>layers.1.&lt;q&gt;</option>" in text and text.count('class="key"') == 2
+
+
+def test_huge_errors_get_a_logarithmic_axis(tmp_path: Path) -> None:
+    looks = [look(step, "adamw") for step in (1, 2, 3)]
+    for event, error in zip(looks, (0.1, 40.0, None), strict=True):
+        event["parameters"][0]["m_error"] = error
+    write_lines(tmp_path / "log.jsonl", [start("adamw", 0.001, 0), *looks])
+    methods = load(tmp_path)
+    figure = plots.diagnostics(methods, plots.styles_of(methods))["m_error"]
+    assert figure["layout"]["yaxis"]["type"] == "log"
+    assert figure["data"][0]["y"] == [0.1, 40.0, None]
+
+
+def test_no_diagnostics_no_section(benchmark: Path) -> None:
+    assert "Diagnostics" not in page(benchmark) and '<select id="parameter"' not in page(benchmark)
+
+
+@pytest.mark.parametrize("record", ['{"update_rms": 1}', "3"])
+def test_a_broken_look_is_named(tmp_path: Path, record: str) -> None:
+    log = write_lines(tmp_path / "log.jsonl", [start("adamw", 0.001, 0)])
+    with log.open("a") as file:
+        file.write(f'{{"event": "diagnostics", "step": 1, "parameters": [{record}]}}\n')
+    with pytest.raises(UserError, match=re.escape(f"{log}, line 2: an incomplete event")):
+        load(tmp_path)
+
+
+# --- In a browser -----------------------------------------------------------------------------------------------------
+
 # Runs inside the report, framed at a phone's width: brings in a hidden learning rate, measures, tells the frame.
 PROBE = """<script>
 addEventListener("load", () => {
   const count = (selector) => document.querySelectorAll(selector).length;
-  const before = count("#loss .scatterlayer .trace");
+  const before = count("#loss .scatterlayer .trace"), looks = count("#update_rms .scatterlayer .trace");
   document.querySelector('.key button[aria-pressed="false"]').click();
+  const chooser = document.querySelector("#parameter"), first = chooser.value;
+  chooser.selectedIndex = 1;
+  chooser.onchange();
   setTimeout(() => parent.postMessage({
     width: innerWidth, content: document.documentElement.scrollWidth, before,
     after: count("#loss .scatterlayer .trace"), memory: count("#memory .scatterlayer .trace"),
-    rates: count("#rates .scatterlayer .trace"), drawn: count(".plot .main-svg .xtick"),
+    rates: count("#rates .scatterlayer .trace"), looks, looksAfter: count("#update_rms .scatterlayer .trace"),
+    overlap: document.querySelector("#overlap").data.filter((t) => t.visible).map((t) => t.meta.parameter), first,
+    pressed: count('.key button[aria-pressed="true"]'), drawn: count(".plot .main-svg .xtick"),
   }, "*"), 500);
 });
 </script></body>"""
@@ -215,21 +320,27 @@ def chromium(address: str, profile: Path) -> tuple[str, str]:
 
 @pytest.mark.browser
 @pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH")
-def test_in_a_browser_on_a_phone(benchmark: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_in_a_browser_on_a_phone(diagnosed: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     # A long name must scroll or wrap rather than widen the page.
-    write_run(benchmark, "a-method-with-quite-a-long-name-for-a-phone", 0.002, 0, 25.0)
-    report = write_report(benchmark).read_text(encoding="utf-8")
-    (benchmark / "probed.html").write_text(report.replace("</body>", PROBE), encoding="utf-8")
-    frame = benchmark / "frame.html"
+    write_run(diagnosed, "a-method-with-quite-a-long-name-for-a-phone", 0.002, 0, 25.0)
+    report = write_report(diagnosed).read_text(encoding="utf-8")
+    (diagnosed / "probed.html").write_text(report.replace("</body>", PROBE), encoding="utf-8")
+    frame = diagnosed / "frame.html"
     frame.write_text(FRAME, encoding="utf-8")
     document, console = chromium(frame.as_uri(), tmp_path_factory.mktemp("profile"))
     assert console == ""
     found = re.search(r"<pre>(\{.*?\})</pre>", document)
     assert found, document[:500]
-    probe = json.loads(found[1])
+    probe = json.loads(unescape(found[1]))
     assert probe["content"] <= probe["width"] == 390
     assert probe["drawn"] >= 6
     # Two runs of thin, two of adamw at its best rate, one of the long name: a line, points and marks each.
     assert probe["before"] == 15
     assert probe["after"] == 21  # and adamw's two at its other rate
-    assert (probe["memory"], probe["rates"]) == (3, 3)
+    # A mean for each method; two of them have seeds.
+    assert (probe["memory"], probe["rates"]) == (3, 5)
+    # Two runs of thin and two of adamw, then adamw's two at its other rate; one parameter at a time.
+    assert (probe["looks"], probe["looksAfter"]) == (4, 6)
+    assert probe["first"] == "layers.0.q" and probe["overlap"] == ["layers.1.<q>"] * 2
+    # The same buttons under the loss (three methods) and the diagnostics (two): each pair goes on together.
+    assert probe["pressed"] == (3 + 1) + (2 + 1)

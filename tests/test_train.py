@@ -31,7 +31,7 @@ from gossamer.distributed import World
 from gossamer.errors import UserError
 from gossamer.models import build_model, resolve_config
 from gossamer.optim.contract import build
-from gossamer.train import Pretrain, pretrain
+from gossamer.train import Pretrain, jsonl, pretrain
 from gossamer.train.checkpoint import MANIFEST
 from gossamer.train.log import RunLog
 
@@ -301,6 +301,13 @@ def test_all_checkpoints_damaged(tiny: Path, copied: Path) -> None:
     assert (copied / "log.jsonl").read_bytes() == before
 
 
+def test_the_files_of_a_checkpoint_follow_the_umask(finished: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (finished / "checkpoints" / "step-00000006").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path.name
+
+
 def test_old_checkpoints_go(tiny: Path, tmp_path: Path) -> None:
     pretrain(make(tiny, tmp_path, save_every=1, keep_last=2), quiet=True)
     assert checkpoints(tmp_path) == ["step-00000005", "step-00000006"]
@@ -502,7 +509,7 @@ def test_the_log_says_what_ran(tiny: Path, finished: Path) -> None:
     parameters = sum(weight.numel() for weight in weights)
     assert start["parameters"] == parameters
     tensors = len(start["plan"])
-    counted = {"weights": 4 * parameters, "gradients": 4 * parameters, "state": 8 * parameters + 4 * tensors}
+    counted = {"weights": 4 * parameters, "gradients": 4 * parameters, "state": 8 * parameters + 12 * tensors}
     assert counted.items() <= start["memory"].items()
     saved = torch.load(finished / "checkpoints" / "step-00000006" / "optimizer.pt", weights_only=True)
     held = sum(tensor.nbytes for state in saved["state"].values() for tensor in state.values())
@@ -518,6 +525,37 @@ def test_the_log_has_no_number_that_is_not_json(tmp_path: Path) -> None:
     log.write("eval", step=1, loss=math.inf, nested={"a": [math.nan, -math.inf, 1.5]})
     log.close()
     assert events(tmp_path) == [{"event": "eval", "step": 1, "loss": None, "nested": {"a": [None, None, 1.5]}}]
+
+
+@pytest.mark.parametrize(
+    ("content", "read", "mended"),
+    [
+        ('{"a": 1}\n{"a": 2}\n', [1, 2], '{"a": 1}\n{"a": 2}\n'),
+        ('{"a": 1}\n{"a": ', [1], '{"a": 1}\n'),
+        ('{"a": 1}\n{"a": 2}', [1, 2], '{"a": 1}\n{"a": 2}\n'),
+        ("{", [], ""),
+        ("", [], ""),
+    ],
+)
+def test_torn_lines(tmp_path: Path, content: str, read: list[int], mended: str) -> None:
+    path = tmp_path / "lines.jsonl"
+    jsonl.mend(path)
+    assert not path.exists()
+    path.write_text(content)
+    assert [value["a"] for _, value in jsonl.read(path)] == read
+    jsonl.mend(path)
+    assert path.read_text() == mended
+    assert [value["a"] for _, value in jsonl.read(path)] == read
+
+
+@pytest.mark.parametrize("broken", ["{", "3"])
+def test_a_line_that_is_broken_but_not_last_is_named(tmp_path: Path, broken: str) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(f'{{"event": "start"}}\n{broken}\n')
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"log\.jsonl, line 2: not a JSON object"):
+        RunLog(tmp_path, resume_step=5)
+    assert path.read_bytes() == before
 
 
 def test_trackers_get_the_numbers(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

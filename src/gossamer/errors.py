@@ -10,6 +10,11 @@ class UserError(ValueError):
     """Bad input. The command line prints its text as one line and exits with code 2."""
 
 
+def first_line(error: Exception) -> str:
+    """An error's message, short enough to quote in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"``, or nothing where no allowed word is close to ``word``."""
     match = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)

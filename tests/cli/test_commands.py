@@ -71,7 +71,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def quick(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """`gossamer bench quick` with a suite of a second, into tmp_path/bench."""
     text = DataConfig(str(tiny / "train.txt"), vocab_size=300, seq_len=32)
-    suite = Suite(str(tiny / "config.json"), text, steps=4, batch_size=4, eval_tokens=100, eval_every=2)
+    suite = Suite(str(tiny / "config.json"), text, steps=4, batch_size=4, fallback_lr=4e-3, eval_tokens=100, evals=2)
     monkeypatch.setitem(SUITES, "quick", suite)
     monkeypatch.chdir(tmp_path)
 
@@ -113,7 +113,7 @@ def test_bench_trains_compares_and_remembers(
 
     before = (folder / "rows.jsonl").read_bytes()
     monkeypatch.setattr(runner, "pretrain", train_nothing)
-    monkeypatch.setattr(runner, "_step_time_ratio", train_nothing)
+    monkeypatch.setattr(runner, "step_time_ratio", train_nothing)
     assert quick() == 0
     assert (folder / "rows.jsonl").read_bytes() == before
     assert "lora-pre" in capsys.readouterr().out

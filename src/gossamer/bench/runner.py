@@ -12,10 +12,9 @@ from torch import nn
 
 from gossamer.bench.suite import SUITES, Bench
 from gossamer.bench.timing import step_time_ratio
-from gossamer.errors import UserError
 from gossamer.models import build_model, resolve_config
 from gossamer.optim.contract import Entry, Method, build
-from gossamer.train import Pretrain, pretrain
+from gossamer.train import Pretrain, jsonl, pretrain
 
 
 def bench(options: Bench) -> Path:
@@ -60,19 +59,11 @@ def bench(options: Bench) -> Path:
 
 
 def _finished(path: Path) -> dict[str, dict[str, Any]]:
-    """The last row of each label. A last line torn by a kill is cut off, newline or more; its run is trained again."""
-    rows: dict[str, dict[str, Any]] = {}
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        if not line.endswith("\n"):
-            path.write_text("".join(lines[:-1]))
-            break
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not a JSON object") from error
-        rows[row["label"]] = row
-    return rows
+    """The last row of each label. A last line torn by a kill is cut off; its run is trained again."""
+    if not path.exists():
+        return {}
+    jsonl.mend(path)
+    return {row["label"]: row for _, row in jsonl.read(path)}
 
 
 def _same(saved: dict[str, Any], config: Pretrain[Any]) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from gossamer.data.cache import bytes_digest, digest, document_hash, file_digest
-from gossamer.errors import UserError, nearest
+from gossamer.errors import UserError, first_line, nearest
 
 Part = Literal["train", "valid"]
 STDLIB = "python-stdlib"
@@ -327,8 +327,3 @@ def _text_of(record: dict[str, object], field: str, where: str) -> str:
 def _missing_field(field: str, fields: Iterable[str], where: str) -> str:
     fields = list(fields)
     return f"{where}: no field {field!r}{nearest(field, fields)}; it has: {', '.join(fields) or 'none'}"
-
-
-def first_line(error: Exception) -> str:
-    """An error's message, short enough to quote in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

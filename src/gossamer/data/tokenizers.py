@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gossamer.data.cache import bytes_digest, cache_folder, digest, write_atomically
-from gossamer.data.sources import Source, first_line
-from gossamer.errors import UserError, nearest
+from gossamer.data.sources import Source
+from gossamer.errors import UserError, first_line, nearest
 
 if TYPE_CHECKING:
     import tokenizers

@@ -9,11 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gossamer.data import TokenStream
+from gossamer.data import IGNORED, TokenStream
 from gossamer.distributed import World
-
-IGNORED = -100
-"""The target that asks for no prediction."""
 
 
 @dataclass(frozen=True)

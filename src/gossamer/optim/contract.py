@@ -143,7 +143,7 @@ def find(name: str) -> Entry:
     return known[name]
 
 
-def entry_of(method: Method) -> Entry:
+def entry_of(method: object) -> Entry:
     """The registry's line for a method object."""
     for entry in methods().values():
         if entry.cls is type(method):

@@ -18,6 +18,10 @@ from gossamer.optim.groups import default_fallback, refusal
 from gossamer.optim.rounding import write_
 from gossamer.optim.stores import arithmetic_dtype
 
+Observer = Callable[[str, nn.Parameter, dict[str, Any], Tensor, Tensor], None]
+"""A function of a parameter's name, itself, its group, the gradient (fp32 or wider, negated under `maximize`) and the
+direction: called when its state has been advanced and itself not yet been written."""
+
 COUNTERS = ("step", *(f"{moment}_step" for moment in MOMENTS))
 """How often the parameter was stepped, and how often since each moment was last zero."""
 
@@ -100,6 +104,9 @@ class Optimizer(torch.optim.Optimizer):
         UserError: values out of range, sparse or complex parameters or gradients, a parameter its method cannot train.
     """
 
+    observers: tuple[Observer, ...] = ()
+    """Called at each parameter's step; they look and change nothing. Neither saved nor pickled."""
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -174,12 +181,15 @@ class Optimizer(torch.optim.Optimizer):
             state.update(init_state(method, param))
         for counter in COUNTERS:
             state[counter] += 1
-        steps = [int(state[counter]) for counter in COUNTERS]
-        generator = torch.Generator(param.device).manual_seed(hash63(group["seed"], name, steps[0]))
+        step, m_step, v_step = (int(state[counter]) for counter in COUNTERS)
+        generator = torch.Generator(param.device).manual_seed(hash63(group["seed"], name, step))
 
         wide = arithmetic_dtype(param)
         grad = grad.to(wide).neg() if group["maximize"] else grad.to(wide)
-        direction = method.update(grad, state, Context(*steps, lr, param, generator, hash63(group["seed"], name)))
+        context = Context(step, m_step, v_step, lr, param, generator, hash63(group["seed"], name))
+        direction = method.update(grad, state, context)
+        for observe in self.observers:
+            observe(name, param, group, grad, direction)
 
         target = param if param.dtype is wide else param.to(wide)  # stepped in place, or written back with rounding
         if group["weight_decay"] != 0:

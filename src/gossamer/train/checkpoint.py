@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from gossamer.errors import UserError
+from gossamer.errors import UserError, first_line
+from gossamer.optim.diagnostics import Diagnostics
 
 MANIFEST = "manifest.json"
 
@@ -24,8 +25,8 @@ class Checkpoints:
     """The folder `<run>/checkpoints`: one folder a step, each published by a rename once all its bytes are on disk.
 
     A checkpoint holds `model.safetensors` and `config.json` (which `transformers` loads), the tokenizer's files,
-    `optimizer.pt` (tensors and plain data: loads with `weights_only=True`), `training.json` (step, data position,
-    configuration), the random states, and a manifest with the digest of every file.
+    `optimizer.pt` (tensors and plain data: loads with `weights_only=True`), `diagnostics.pt` likewise if there are any,
+    `training.json` (step, configuration, schedule), the random states, and a manifest with the digest of every file.
     """
 
     def __init__(self, folder: Path, keep_last: int) -> None:
@@ -40,6 +41,7 @@ class Checkpoints:
         step: int,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        diagnostics: Diagnostics | None,
         training: dict[str, Any],
         save_tokenizer: Callable[[Path], None],
     ) -> Path:
@@ -56,8 +58,12 @@ class Checkpoints:
             model.config.save_pretrained(draft)  # pyright: ignore
             save_tokenizer(draft)
             torch.save(optimizer.state_dict(), draft / "optimizer.pt")
+            if diagnostics is not None:
+                torch.save(diagnostics.state_dict(), draft / "diagnostics.pt")
             torch.save(_random_states(), draft / "random.pt")
             (draft / "training.json").write_text(json.dumps(training, indent=2))
+            # safetensors makes its file readable by the owner alone, others follow the umask
+            (draft / "model.safetensors").chmod((draft / "training.json").stat().st_mode)
             files = sorted(path for path in draft.rglob("*") if path.is_file())
             manifest = {str(path.relative_to(draft)): _digest(path) for path in files}
             (draft / MANIFEST).write_text(json.dumps(manifest, indent=2))
@@ -70,7 +76,7 @@ class Checkpoints:
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(draft, ignore_errors=True)
             raise UserError(
-                f"checkpoint: cannot save step {step} in {self.folder}: {_first_line(error)}; {self.last_good()}"
+                f"checkpoint: cannot save step {step} in {self.folder}: {first_line(error)}; {self.last_good()}"
             ) from error
         for path in self.steps():
             if path.name > final.name:  # the run was continued from before it: it is damaged, or about to be made again
@@ -103,14 +109,22 @@ class Checkpoints:
 
 
 def read_training(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of its run: step, configuration, seconds, data position."""
+    """What a checkpoint says of its run: step, seconds, tokens, data fingerprint, schedule, configuration."""
     return json.loads((path / "training.json").read_text())
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Put a checkpoint's weights, optimizer state and random states where they were."""
+def restore(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    diagnostics: Diagnostics | None,
+    device: torch.device,
+) -> None:
+    """Put a checkpoint's weights, optimizer state, diagnostics and random states where they were."""
     safetensors.torch.load_model(model, str(path / "model.safetensors"), device=str(device))
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
+    if diagnostics is not None and (path / "diagnostics.pt").exists():  # else they begin here
+        diagnostics.load_state_dict(torch.load(path / "diagnostics.pt", weights_only=True, map_location="cpu"))
     states = torch.load(path / "random.pt", weights_only=True)
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
@@ -150,7 +164,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

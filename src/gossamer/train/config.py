@@ -15,7 +15,8 @@ from gossamer.optim.contract import Method, describe
 
 M = TypeVar("M", bound=Method)
 
-MAY_CHANGE_ON_RESUME = {"out", "resume", "compile", "eval_every", "eval_tokens", "save_every", "keep_last", "trackers"}
+MAY_CHANGE_ON_RESUME = {"out", "resume", "compile", "eval_every", "eval_tokens", "save_every", "keep_last"}
+MAY_CHANGE_ON_RESUME |= {"diagnose", "diagnose_every", "trackers"}
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,15 @@ class Pretrain(Generic[M]):
     """Steps between checkpoints; 0 saves at the end only."""
     keep_last: int = 2
     """Checkpoints to keep."""
+    diagnose: tuple[str, ...] = ()
+    """Regular expressions of parameters' names: log how well their moments, updates and subspaces do."""
+    diagnose_every: int = 10
+    """Steps between two such looks."""
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
     """Where to send the numbers, beside the JSONL log."""
 
     def __post_init__(self) -> None:
-        whole = ("steps", "batch_size", "keep_last", "eval_tokens")
+        whole = ("steps", "batch_size", "keep_last", "eval_tokens", "diagnose_every")
         for name in whole:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is too small; allowed: an integer >= 1")
@@ -92,7 +97,7 @@ class Pretrain(Generic[M]):
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the method's name."""
-        return {**asdict(self), "out": str(self.out), "method": describe(self.method), "trackers": list(self.trackers)}
+        return {**asdict(self), "out": str(self.out), "method": describe(self.method)}
 
 
 def check_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:

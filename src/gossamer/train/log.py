@@ -9,6 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gossamer.errors import UserError
+from gossamer.memory import Memory
+from gossamer.train import jsonl
 
 
 class RunLog:
@@ -28,9 +31,9 @@ class RunLog:
         """With `resume_step`, what the log says about later steps is cut off: they are about to happen again."""
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "log.jsonl"
-        kept = [] if resume_step is None or not self.path.exists() else _until(self.path, resume_step)
+        kept = _until(self.path, resume_step) if resume_step is not None and self.path.exists() else []
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
+        temporary.write_text("".join(json.dumps(event) + "\n" for event in kept))
         temporary.replace(self.path)
         self._file = self.path.open("a")
 
@@ -42,16 +45,8 @@ class RunLog:
         self._file.close()
 
 
-def _until(path: Path, step: int) -> list[str]:
-    lines = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            break  # torn by a kill
-        if event["event"] != "end" and event.get("step", 0) <= step:
-            lines.append(line.rstrip("\n") + "\n")  # a kill may have cut the newline alone
-    return lines
+def _until(path: Path, step: int) -> list[dict[str, Any]]:
+    return [event for _, event in jsonl.read(path) if event["event"] != "end" and event.get("step", 0) <= step]
 
 
 def _finite(value: Any) -> Any:
@@ -131,6 +126,18 @@ def _tensorboard(folder: Path, config: dict[str, Any]) -> Tracker:
 
 
 _TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard}
+
+
+def what_runs(memory: Memory) -> dict[str, Any]:
+    """The start event's facts that are not the run's own choice: time, machine, libraries, sizes."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "hardware": hardware(),
+        "commit": commit(),
+        "parameters": memory.parameters,
+        "memory": {name: getattr(memory, name) for name in ("weights", "gradients", "state", "hidden_state")},
+    }
 
 
 def versions() -> dict[str, str]:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
 from torch import nn
 
-from gossamer.data import Corpus, open_corpus
+from gossamer.data import IGNORED, Corpus, open_corpus
 from gossamer.distributed import World, start, stop
 from gossamer.errors import UserError
 from gossamer.evaluate import Score, evaluate, token_loss
-from gossamer.evaluate.perplexity import IGNORED
 from gossamer.memory import predict
 from gossamer.models import build_model, resolve_config
 from gossamer.optim import Optimizer, param_groups
+from gossamer.optim.diagnostics import Diagnostics
 from gossamer.train import log as logs
 from gossamer.train.checkpoint import Checkpoints, read_training, restore
 from gossamer.train.config import Pretrain, check_resumable
@@ -58,6 +57,7 @@ class Run:
 
     def __init__(self, config: Pretrain[Any], world: World, label: str, quiet: bool) -> None:
         self.config, self.world, self.label = config, world, label
+        self.plain = config.to_json()
         torch.manual_seed(config.seed)  # for models with dropout; nothing of ours draws from the global state
         self.corpus = open_corpus(config.data, train_tokens=config.steps * config.batch_size * config.data.seq_len)
         self.model = _model(config, self.corpus, world)
@@ -69,6 +69,8 @@ class Run:
             rounding=config.rounding,
             seed=config.seed,
         )
+        watch = config.diagnose, config.diagnose_every
+        self.diagnostics = Diagnostics(self.optimizer, *watch) if config.diagnose else None
         schedule = Cosine(config.steps, round(config.warmup * config.steps), config.min_lr_ratio)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
         self.checkpoints = Checkpoints(config.out, config.keep_last)
@@ -89,6 +91,8 @@ class Run:
                 loss, norm, lr = self._step()
                 self.seconds = before + time.monotonic() - begun
                 self._say("train", loss=loss, lr=lr, grad_norm=norm, tokens=self.tokens, seconds=self.seconds)
+                if self.diagnostics is not None and self.diagnostics.records:
+                    self._say("diagnostics", parameters=self.diagnostics.records)
                 self.display.step(self.done, loss, self.tokens / self.seconds, logs.memory_in_use(self.world.device))
                 last = self.done == config.steps
                 if last or (config.eval_every and self.done % config.eval_every == 0):
@@ -111,41 +115,31 @@ class Run:
             raise UserError(f"out: {config.out} holds the checkpoints of a run; add --resume, or use another --out")
         if found is not None:
             training = read_training(found)
-            check_resumable(training["config"], config.to_json())
+            check_resumable(training["config"], self.plain)
             if training["data"] != self.corpus.train.fingerprint:
                 raise UserError(
                     f"resume: the training data of {config.data.data} has changed since {found} was written"
                 )
-            restore(found, self.model, self.optimizer, self.world.device)
+            restore(found, self.model, self.optimizer, self.diagnostics, self.world.device)
             self.scheduler.load_state_dict(training["scheduler"])
             self.done, self.seconds, self.tokens = training["step"], training["seconds"], training["tokens"]
         self.display.say(f"validation: {self.corpus.valid_description}")
         if not self.world.is_main:
             return
         self.log = logs.RunLog(config.out, resume_step=self.done if found else None)
-        self.trackers = logs.start_trackers(config.trackers, config.out, config.to_json())
-        memory = predict(self.model, config.method)
+        self.trackers = logs.start_trackers(config.trackers, config.out, self.plain)
         if found is not None:
             self._say("resume", checkpoint=str(found))
             return
         self._say(
             "start",
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            **logs.what_runs(predict(self.model, config.method)),
             label=self.label,
-            method=config.to_json()["method"]["name"],
-            config=config.to_json(),
-            versions=logs.versions(),
-            hardware=logs.hardware(),
-            commit=logs.commit(),
-            parameters=memory.parameters,
-            memory={
-                "weights": memory.weights,
-                "gradients": memory.gradients,
-                "state": memory.state,
-                "hidden_state": memory.hidden_state,
-            },
+            method=self.plain["method"]["name"],
+            config=self.plain,
             data=self.corpus.description,
             plan=[asdict(row) for row in self.optimizer.plan()],
+            diagnosed=self.diagnostics.watched() if self.diagnostics else [],
         )
 
     def _step(self) -> tuple[float, float, float]:
@@ -203,12 +197,12 @@ class Run:
                 "step": self.done,
                 "seconds": self.seconds,
                 "tokens": self.tokens,
-                "position": self.done * self.config.batch_size,
                 "data": self.corpus.train.fingerprint,
                 "scheduler": self.scheduler.state_dict(),
-                "config": self.config.to_json(),
+                "config": self.plain,
             }
-            path = self.checkpoints.save(self.done, self.model, self.optimizer, training, self.corpus.tokenizer.save)
+            parts = self.model, self.optimizer, self.diagnostics
+            path = self.checkpoints.save(self.done, *parts, training, self.corpus.tokenizer.save)
             self._say("checkpoint", path=str(path))
         self.world.wait()
 

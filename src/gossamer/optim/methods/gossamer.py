@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gossamer.errors import UserError
 from gossamer.optim import factors, rules, stores
-from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, register
+from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, entry_of, register
 
 PAPER = "this project, docs/methods/gossamer.md"
 SECOND = ("rows-columns", "square", "absolute", "dense")
@@ -34,7 +34,7 @@ class Tracker:
     """Weight, in [0, 1], of the gradient outside the subspace: 0 leaves it the weight of a single step."""
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
+        name = entry_of(self).name
         check_rank(name, self.rank)
         if not 0.0 <= self.tail <= 1.0:
             raise UserError(f"{name}: tail is {self.tail}; allowed: 0 <= tail <= 1")

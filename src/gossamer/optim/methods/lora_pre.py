@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer.errors import UserError
 from gossamer.linalg import damped_pinv
 from gossamer.optim import factors, rules, stores
-from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, register
+from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, entry_of, register
 
 PAPER = "Wang et al., Taming Momentum, ICLR 2026, arXiv 2602.24283"
 
@@ -39,7 +39,7 @@ class Regression:
     """Standard deviation of the first A."""
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
+        name = entry_of(self).name
         check_rank(name, self.rank)
         check_choice(
             name,

@@ -10,7 +10,7 @@ from torch import Tensor
 from gossamer.errors import UserError
 from gossamer.linalg import randomized_svd
 from gossamer.optim import factors, rules, stores
-from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, register
+from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, entry_of, register
 
 PAPER = "Shen et al., MLorc, AISTATS 2026, arXiv 2506.01897"
 
@@ -30,7 +30,7 @@ class Compression:
     """Rounds through M^T and M: 0 in the paper, 1 in the authors' code, and much closer to M."""
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
+        name = entry_of(self).name
         check_rank(name, self.rank)
         if self.oversampling < 0 or self.power_iterations < 0:
             raise UserError(
