@@ -90,7 +90,7 @@ class Watched:
             generator = torch.Generator().manual_seed(step)
             method.update(grad, state, Context(step, step, step, 0.0, self.param, generator, 0))
             if look:
-                self._note(label, rank, exact, method.moments(state, step, step))
+                self._note(label, rank, exact, method.moments(self.param, state, step, step))
         for rank in {rank for _, rank in self.states} if look else ():
             floor = {key: (u[:, :rank] * s[:rank]) @ vh[:rank] for key, (u, s, vh) in best.items()}
             self._note(FLOOR, rank, exact, {**floor, "v": floor["v"].clamp_min(0)})

@@ -45,7 +45,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class InspectableRows(Rows):
-    def moments(self, state: State, m_step: int, v_step: int) -> State:
+    def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         return {"m": state["basis"] @ state["basis"].mT @ state["m"] / (1 - self.betas[0] ** m_step)}
 
 
@@ -115,7 +115,7 @@ def test_the_error_against_averages_written_out() -> None:
     opt = optimizer(param, method)
     look = Diagnostics(opt, ["group"], every=steps)
     walk(opt, range(steps))
-    moments = method.moments(opt.state[param], steps, steps)
+    moments = method.moments(param, opt.state[param], steps, steps)
     for moment, decay, power in (("m", 0.6, 1), ("v", 0.9, 2)):
         weights = [decay ** (steps - 1 - t) for t in range(steps)]
         exact = sum(w * gradient(t, 6, 4).double() ** power for t, w in enumerate(weights)) / sum(weights)
@@ -187,7 +187,7 @@ def test_what_registered_methods_say_of_their_moments(name: str) -> None:
         opt = optimizer(param, method)
         walk(opt, range(3))
         before = {key: tensor.clone() for key, tensor in opt.state[param].items()}
-        moments = method.moments(opt.state[param], 3, 3)
+        moments = method.moments(param, opt.state[param], 3, 3)
         assert moments and moments.keys() <= {"m", "v"}
         for tensor in moments.values():
             assert tensor.shape == param.shape and bool(tensor.isfinite().all())

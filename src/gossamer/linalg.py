@@ -1,4 +1,8 @@
-"""Small dense linear algebra that does not fail: no exception on a singular matrix, no host synchronisation."""
+"""Small dense linear algebra that does not fail on singular, tiny or huge matrices.
+
+Nothing here waits for the device, except `svd` on CUDA, where cuSOLVER's convergence is read back: it is called at
+refreshes of a projector, or where oversampling was asked for, and never in an ordinary step.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +26,21 @@ def damped_pinv(x: Tensor, damping: float, *, relative: bool) -> Tensor:
     Returns:
         (..., r, m); zero where X is zero.
     """
-    r, eps, largest = x.shape[-1], torch.finfo(x.dtype).eps, torch.finfo(x.dtype).max
+    r, eps, tiny = x.shape[-1], torch.finfo(x.dtype).eps, torch.finfo(x.dtype).tiny
     size = x.abs().amax((-2, -1), keepdim=True)
-    unit = x / size.clamp_min(torch.finfo(x.dtype).tiny)
+    # an X below the root of an absolute damping is divided by that root: the damping then stays within range
+    unit_size = size.clamp_min(tiny if relative else max(tiny, damping**0.5))
+    unit = x / unit_size
     gram = unit.mT @ unit
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     if relative:
         shift = damping / r * trace
     else:
-        shift = (damping / size / size).clamp_max(largest**0.5)  # tiny X: damped to nothing, without an infinity
-    shift = shift.maximum(_FLOOR * eps * trace).maximum(torch.full_like(trace, torch.finfo(x.dtype).tiny ** 0.5))
+        shift = damping / unit_size / unit_size
+    shift = shift.maximum(_FLOOR * eps * trace).maximum(torch.full_like(trace, tiny**0.5))
     eye = torch.eye(r, dtype=x.dtype, device=x.device)
     factor, _ = torch.linalg.cholesky_ex(gram + shift * eye)
-    inverse = torch.cholesky_solve(unit.mT, factor) / size.clamp_min(torch.finfo(x.dtype).tiny)
+    inverse = torch.cholesky_solve(unit.mT, factor) / unit_size
     return torch.where(size > 0, inverse, torch.zeros_like(inverse))
 
 
@@ -55,7 +61,7 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD `x = U diag(S) Vh` whose signs do not depend on the LAPACK at hand.
 
     The entry of each right singular vector that is largest in magnitude is positive. Entries of x that are not finite
-    count as zero: an exception would leave the optimizer in the middle of a step.
+    count as zero: an exception would leave the optimizer in the middle of a step. On CUDA it waits for the device.
 
     Args:
         x: (..., m, n), fp32 or fp64. Returns U (..., m, s), S (..., s), Vh (..., s, n) with s = min(m, n).

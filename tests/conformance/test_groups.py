@@ -79,6 +79,20 @@ def test_heads_are_found_by_name_where_the_model_does_not_say() -> None:
     assert why["table"] == "not the weight of a linear layer"
 
 
+def test_names_do_not_outvote_the_model() -> None:
+    """RWKV's attention calls its last projection `output`; its head is another module."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.output, self.unembed = nn.Linear(6, 6, bias=False), nn.Linear(6, 9, bias=False)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.unembed
+
+    assert reasons(Named()) == {"output.weight": "hidden matrix", "unembed.weight": "output head"}
+
+
 def test_rules_win_in_order() -> None:
     stable = LoRAPreStable(rank=3)
     groups = param_groups(llama(False), METHOD, rules=[(r"layers\.0\.mlp", stable), (r"mlp|lm_head", AdamW(eps=1e-6))])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import gossamer
-from gossamer import AdamW, LoRAPre, Optimizer, UserError, param_groups
+from gossamer import AdamMini, AdamW, LoRAPre, Optimizer, UserError, methods, param_groups
 from gossamer.optim.rounding import stochastic_bf16
 
 
@@ -195,3 +195,32 @@ def test_the_readme_example_works() -> None:
     loss.backward()
     opt.step()
     assert "lora-pre" in str(opt.plan())
+
+
+def test_names_are_unique_and_the_checkpoints() -> None:
+    one, two = matrix(4, 3), matrix(4, 3)
+    with pytest.raises(UserError) as error:
+        Optimizer([{"params": [("w", one)]}, {"params": [("w", two)]}])
+    one_line(error, "'w'", "own name")
+    saved = Optimizer([("q", one), ("k", two)])
+    step(saved, one)
+    other = Optimizer([("k", two), ("q", one)])
+    with pytest.raises(UserError) as error:
+        other.load_state_dict(saved.state_dict())
+    one_line(error, "'q'", "'k'")
+
+
+def test_what_a_method_refuses_it_refuses_before_the_first_step() -> None:
+    with pytest.raises(UserError, match="blocks is 5"):
+        Optimizer([{"params": [matrix(12, 3)], "method": AdamMini(blocks=5)}])
+
+
+@pytest.mark.parametrize("name", methods())
+def test_an_empty_shard_is_skipped(name: str) -> None:
+    full, empties = matrix(4, 3), [matrix(0, 5), matrix(5, 0)]
+    opt = Optimizer([{"params": [*empties, full], "method": methods()[name].cls()}])
+    for p in (full, *empties):
+        p.grad = torch.ones_like(p)
+    before = full.detach().clone()
+    opt.step()
+    assert not torch.equal(full, before) and not any(p in opt.state for p in empties)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import gossamer
 from gossamer import AdamW, LoRAPre, LoRAPreStable
 from gossamer.linalg import damped_pinv
 from gossamer.optim.contract import Context, Method, State
@@ -228,3 +229,42 @@ def test_pinv_is_the_damped_normal_equation(relative: bool) -> None:
     shift = 0.3 * (gram.diagonal(dim1=-2, dim2=-1).mean(-1) if relative else torch.ones(2, dtype=F64))
     expected = torch.linalg.solve(gram + shift[:, None, None] * torch.eye(4, dtype=F64), x.mT)
     assert torch.allclose(damped_pinv(x, 0.3, relative=relative), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e-10, 1e-20, 1e-30])
+def test_pinv_of_a_tiny_matrix_is_damped_to_nothing(scale: float) -> None:
+    """(X^T X + lambda)^-1 X^T is X^T / lambda where X^T X is far below lambda, in fp32 as in exact arithmetic."""
+    x = scale * randn(9, 4)
+    exact = torch.linalg.solve(x.mT @ x + 1e-6 * torch.eye(4, dtype=F64), x.mT)
+    # rounding of the Gram matrix, times its condition of up to ||X||^2 / lambda at the largest scale
+    assert torch.allclose(damped_pinv(x.float(), 1e-6, relative=False).double(), exact, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("zeros", [100, 400, 600, 1200])
+@pytest.mark.parametrize("method", [LoRAPre(rank=3), LoRAPreStable(rank=3)], ids=["printed", "stable"])
+def test_a_long_silence_does_no_harm(method: LoRAPre, zeros: int) -> None:
+    """An expert that got no tokens: B decays by beta a step; what comes back is a step like the others, in fp32."""
+    if method.updates == "simultaneous" and zeros < 600:
+        pytest.skip("the printed form's own quadratic term: steps of thousands, in exact arithmetic too")
+    largest = {}
+    state = method.init(torch.zeros(8, 6))
+    for t in range(1, 61 + zeros):
+        silent = 30 < t <= 30 + zeros
+        direction = step(method, state, randn(8, 6, seed=t).float() * (not silent), t)
+        largest[t] = float(direction.abs().max())
+    before, after = max(largest[t] for t in range(20, 31)), max(largest[t] for t in range(31 + zeros, 61 + zeros))
+    assert after < 5 * max(before, 2.0)
+
+
+def test_gammas_are_the_coupled_ones_unless_given() -> None:
+    coupled = (1 - 0.9**0.5, 1 - 0.95**0.25)
+    methods = [LoRAPre(rank=2), LoRAPre(rank=2, gammas=coupled), LoRAPre(rank=2, gammas=(0.2, 0.2))]
+    states = [method.init(torch.zeros(7, 5, dtype=F64)) for method in methods]
+    for t in range(1, 6):
+        for method, state in zip(methods, states, strict=True):
+            step(method, state, randn(7, 5, seed=t), t)
+    assert torch.equal(product(states[0]), product(states[1])) and not torch.allclose(
+        product(states[0]), product(states[2])
+    )
+    with pytest.raises(gossamer.UserError, match="gammas are"):
+        LoRAPre(gammas=(2.0, 0.1))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import gossamer
 from gossamer import UserError
 from gossamer.optim import subspace
 from gossamer.optim.contract import Context, Method, State, build, find, hash63
@@ -286,7 +287,7 @@ def test_a_zero_gradient_does_not_freeze_the_limiter(name: str) -> None:
 def test_limit_growth_is_the_minimum() -> None:
     for size, previous, expected in ((1.0, 0.0, 1.0), (2.0, 1.0, 0.505), (1.005, 1.0, 1.0), (0.1, 1.0, 1.0)):
         kept = torch.tensor(previous, dtype=F64)
-        factor = subspace.limit_growth(torch.tensor([[size]], dtype=F64), kept, 1.01)
+        factor = subspace.limit_growth(torch.tensor([[size]], dtype=F64), kept, 1.01, fresh=False)
         assert math.isclose(float(factor), expected, rel_tol=1e-7)  # the 1e-8 beside a norm of 1
         assert math.isclose(float(kept), size * expected, rel_tol=1e-7)
 
@@ -317,11 +318,40 @@ def test_staggered_refreshes_are_spread_and_complete() -> None:
 @pytest.mark.parametrize("kind", ["svd", "warm", "random"])
 @SHAPES
 def test_bases_are_orthonormal(shape: tuple[int, int], kind: subspace.Refresh) -> None:
-    old = torch.zeros(min(shape), 4, dtype=F64)
     for grad in (randn(*shape), randn(*shape)[:, :1] @ randn(1, shape[1]), torch.zeros(shape, dtype=F64)):
+        basis = torch.zeros(min(shape), 4, dtype=F64)
         for t in (1, 2):
-            new = subspace.refreshed(old, grad, context(grad, t), kind)
-            assert new.shape == old.shape and close(new.mT @ new, torch.eye(4, dtype=F64))
+            basis = subspace.refreshed(basis, grad, context(grad, t), kind)
+            assert basis.shape == (min(shape), 4) and close(basis.mT @ basis, torch.eye(4, dtype=F64))
+
+
+@pytest.mark.parametrize("kind", ["svd", "warm"])
+@SHAPES
+def test_a_zero_gradient_says_nothing_about_directions(shape: tuple[int, int], kind: subspace.Refresh) -> None:
+    """Upstream of an output projection that starts at zero the first gradient is zero: no coordinate is preferred."""
+    zero = torch.zeros(shape, dtype=F64)
+    first = subspace.refreshed(torch.zeros(min(shape), 4, dtype=F64), zero, context(zero, 1), kind)
+    assert bool((first != 0).all())  # a coordinate basis has zeros
+    assert torch.equal(subspace.refreshed(first, zero, context(zero, 2), kind), first)
+
+
+@pytest.mark.parametrize("moments", [("m", "v"), ("m",), ("v",)], ids=["both", "m", "v"])
+@pytest.mark.parametrize("method", [gossamer.Fira(rank=4), gossamer.Apollo(rank=4)], ids=["fira", "apollo"])
+def test_a_reset_does_not_starve_the_direction(method: gossamer.Method, moments: tuple[str, ...]) -> None:
+    """Sizes are limited without bias correction, which a reset starts again: the limiter has to start again too.
+
+    Half: a moment made of a few noisy gradients changes the length by less.
+    """
+    param = torch.nn.Parameter(torch.zeros(24, 16))
+    opt = gossamer.Optimizer([{"params": [("w", param)], "method": method}], lr=1.0)
+    generator, lengths = torch.Generator().manual_seed(0), []
+    for step in range(1, 431):
+        if step == 401:
+            opt.reset(moments=moments)
+        before, param.grad = param.detach().clone(), torch.randn(24, 16, generator=generator)
+        opt.step()
+        lengths.append(float((param.detach() - before).norm()))
+    assert sum(lengths[405:430]) / 25 > 0.5 * sum(lengths[350:400]) / 50
 
 
 @SHAPES

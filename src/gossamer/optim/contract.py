@@ -166,17 +166,21 @@ def build(name: str, **hyperparameters: Any) -> Method:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in hyperparameters.items()})
 
 
+def check_decay(method: str, field: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise UserError(f"{method}: {field} is {value}; allowed: 0 <= {field} < 1")
+
+
 def check_adam(method: str, betas: tuple[float, float], eps: float) -> None:
     """The range checks that every Adam-like method shares."""
     for i, beta in enumerate(betas, 1):
-        if not 0.0 <= beta < 1.0:
-            raise UserError(f"{method}: beta{i} is {beta}; allowed: 0 <= beta < 1")
+        check_decay(method, f"beta{i}", beta)
     if eps < 0.0:
         raise UserError(f"{method}: eps is {eps}; allowed: eps >= 0")
 
 
 def check_rank(method: str, rank: int) -> None:
-    if rank < 1:
+    if not isinstance(rank, int) or rank < 1:
         raise UserError(f"{method}: rank is {rank}; allowed: an integer >= 1")
 
 

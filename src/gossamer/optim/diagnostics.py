@@ -49,11 +49,11 @@ class Inspectable(Protocol):
         """Decay of the first and of the second moment."""
         ...
 
-    def moments(self, state: State, m_step: int, v_step: int) -> dict[str, Tensor]:
+    def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> dict[str, Tensor]:
         """The dense, bias-corrected moments after so many steps since each was last zero, in the parameter's shape.
 
         "m" estimates E g and decays by `betas[0]`, "v" estimates E g^2 and decays by `betas[1]`; a moment that the
-        method does not keep is left out. Writes to nothing.
+        method does not keep is left out. `param` gives the shape. Writes to nothing.
         """
         ...
 
@@ -120,7 +120,7 @@ class Diagnostics:
         look = int(state["step"]) % self.every == 0
         if isinstance(method, Inspectable):
             _advance_(kept, state, method, grad)
-            record |= _errors(kept, state, method) if look else {}
+            record |= _errors(kept, param, state, method) if look else {}
         if not look:
             return
         record |= _overlap(kept, state)
@@ -158,9 +158,9 @@ def _advance_(kept: State, state: State, method: Inspectable, grad: Tensor) -> N
     kept["v"].mul_(method.betas[1]).addcmul_(grad, grad, value=1 - method.betas[1])
 
 
-def _errors(kept: State, state: State, method: Inspectable) -> Record:
+def _errors(kept: State, param: Tensor, state: State, method: Inspectable) -> Record:
     steps = [int(state[f"{moment}_step"]) for moment in MOMENTS]
-    ours, record = method.moments(state, *steps), {}
+    ours, record = method.moments(param, state, *steps), {}
     for moment, decay, step in zip(MOMENTS, method.betas, steps, strict=True):
         seen = int(kept[f"{moment}_seen"])
         missed = (decay**seen - decay**step) / (1 - decay**step)  # of weights that sum to one

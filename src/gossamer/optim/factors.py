@@ -20,12 +20,11 @@ def ema(state: State, name: str, target: Tensor, decay: float) -> Tensor:
     return torch.addmm(target, state[f"{name}_B"], state[f"{name}_A"], beta=1 - decay, alpha=decay)
 
 
-def frame(state: State, name: str, fresh: bool, generator: torch.Generator) -> Tensor:
-    """Orthonormal rows W (r, n) that span the rows of A; a random frame while the moment is `fresh`."""
+def frame(state: State, name: str, generator: torch.Generator) -> Tensor:
+    """Orthonormal rows W (r, n) that span the rows of A; a random frame while A is zero."""
     a = state[f"{name}_A"]
-    if fresh:
-        a = torch.randn(a.shape, dtype=a.dtype, device=a.device, generator=generator)
-    return orthonormalize(a.mT).mT
+    gaussian = torch.randn(a.shape, dtype=a.dtype, device=a.device, generator=generator)
+    return orthonormalize(torch.where((a != 0).any(), a, gaussian).mT).mT
 
 
 def follow(b: Tensor, a: Tensor, w: Tensor, target: Tensor, decay: float) -> tuple[Tensor, Tensor]:
@@ -89,9 +88,3 @@ def from_means(state: State, name: str) -> Tensor:
     rows, columns = state[f"{name}_rows"], state[f"{name}_columns"]
     # divided before it is multiplied: the product of two tiny means would underflow
     return torch.outer(rows / rows.mean().clamp_min(torch.finfo(rows.dtype).tiny), columns)
-
-
-def bounded(direction: Tensor) -> Tensor:
-    """Cut at the root of the largest finite number, so that no weight becomes infinite. NaN is passed on."""
-    limit = torch.finfo(direction.dtype).max ** 0.5
-    return direction.clamp_(-limit, limit)

@@ -33,7 +33,8 @@ def param_groups(
     """Parameter groups for `gossamer.Optimizer`: hidden matrices under `method`, everything else under `fallback`.
 
     A hidden matrix is the weight of an `nn.Linear` or of Hugging Face's `Conv1D` that is neither the output head
-    (`get_output_embeddings()`, a weight tied to an embedding, or a last name such as `lm_head` or `classifier`) nor an
+    (`get_output_embeddings()`, a weight tied to an embedding, or, where the model does not say, a last name such as
+    `lm_head` or `classifier`) nor an
     embedding. Given bare parameters instead of a model, every matrix counts as hidden: pass the model if you have it.
 
     Args:
@@ -42,7 +43,8 @@ def param_groups(
         fallback: for the rest; `AdamW()` if None.
         fallback_lr: learning rate of what `fallback` trains; the optimizer's own if None. Embeddings want a larger one
             than hidden matrices do, and methods differ in what they want for those.
-        rules: `(regex, method)` pairs, searched in parameter names; the first match wins over everything else.
+        rules: `(regex, method)` pairs, searched in parameter names; the first match decides the method, and
+            only a rank that reaches the smaller side still sends a matrix to `fallback`.
 
     Returns:
         One dict a method, that of the hidden matrices first: `params`, `param_names`, `why` (one reason a parameter)
@@ -116,16 +118,16 @@ def _kinds(model: nn.Module | Iterable[Tensor | tuple[str, Tensor]]) -> Iterator
             yield name, param, "hidden matrix" if param.ndim == 2 else f"{param.ndim}-D"
         return
 
+    get_head = getattr(model, "get_output_embeddings", None)
+    head: Any = get_head() if callable(get_head) else None
     kinds: dict[int, str] = {}
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             kinds[id(weight)] = "embedding"
         elif (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and id(weight) not in kinds:
-            is_head = _HEAD_NAMES.match(path.rpartition(".")[2])
+            is_head = head is None and _HEAD_NAMES.match(path.rpartition(".")[2])
             kinds[id(weight)] = "output head" if is_head else "hidden matrix"
-    get_head = getattr(model, "get_output_embeddings", None)
-    head: Any = get_head() if callable(get_head) else None
     if head is not None and kinds.get(id(head.weight)) != "embedding":
         kinds[id(head.weight)] = "output head"
     for name, param in model.named_parameters():

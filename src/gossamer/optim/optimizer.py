@@ -147,7 +147,11 @@ class Optimizer(torch.optim.Optimizer):
             )
         contract.check_choice("Optimizer", rounding=(group["rounding"], ("stochastic", "nearest")))
         group.setdefault("why", ["given"] * len(group["params"]))
+        taken = {name for other in self.param_groups[:-1] for name in other["param_names"]}
         for name, param in zip(group["param_names"], group["params"], strict=True):
+            if name in taken:  # a random stream belongs to a name, and so does a reset
+                raise UserError(f"Optimizer: two parameters are called {name!r}; give each its own name")
+            taken.add(name)
             if not param.is_floating_point() or param.is_sparse:
                 raise UserError(f"Optimizer: {name!r} is {param.dtype}, {param.layout}; allowed: dense real numbers")
             if (reason := refusal(group["method"], param.shape)) is not None:
@@ -156,6 +160,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"Optimizer: {name!r} of shape {tuple(param.shape)} is {reason}, and {method} trains matrices; "
                     "let gossamer.param_groups(model, method) sort the parameters"
                 )
+            group["method"].init(torch.empty_like(param, device="meta"))  # what it refuses, it refuses now
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -166,7 +171,7 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for name, param in zip(group["param_names"], group["params"], strict=True):
-                if param.grad is not None:
+                if param.grad is not None and param.numel() > 0:  # an empty shard has nothing to step
                     self._step_parameter(name, param, group)
         return loss
 
@@ -184,14 +189,14 @@ class Optimizer(torch.optim.Optimizer):
         step, m_step, v_step = (int(state[counter]) for counter in COUNTERS)
         generator = torch.Generator(param.device).manual_seed(hash63(group["seed"], name, step))
 
-        wide = arithmetic_dtype(param)
-        grad = grad.to(wide).neg() if group["maximize"] else grad.to(wide)
+        dtype = arithmetic_dtype(param)
+        grad = grad.to(dtype).neg() if group["maximize"] else grad.to(dtype)
         context = Context(step, m_step, v_step, lr, param, generator, hash63(group["seed"], name))
         direction = method.update(grad, state, context)
         for observe in self.observers:
             observe(name, param, group, grad, direction)
 
-        target = param if param.dtype is wide else param.to(wide)  # stepped in place, or written back with rounding
+        target = param if param.dtype is dtype else param.to(dtype)  # stepped in place, or written back with rounding
         if group["weight_decay"] != 0:
             target.mul_(1 - lr * group["weight_decay"])
         if isinstance(lr, Tensor):
@@ -289,6 +294,9 @@ class Optimizer(torch.optim.Optimizer):
             name, own = saved["method"]["name"], contract.entry_of(group["method"]).name
             if name != own:
                 raise UserError(f"load_state_dict: the checkpoint was made by {name!r}, this optimizer runs {own!r}")
+            for ours, theirs in zip(group["param_names"], saved["param_names"], strict=True):
+                if ours != theirs:  # each has its own random stream
+                    raise UserError(f"load_state_dict: the checkpoint has {theirs!r} where this optimizer has {ours!r}")
             for index, param, label in zip(saved["params"], group["params"], group["param_names"], strict=True):
                 if index in saved_state:  # else it never had a gradient
                     _check_shapes(

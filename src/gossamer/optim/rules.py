@@ -34,13 +34,28 @@ def orthogonalize(m: Tensor, adjust_lr_fn: str) -> Tensor:
     """
     rows, columns = m.shape
     factor = max(1.0, rows / columns) ** 0.5 if adjust_lr_fn == "original" else 0.2 * max(rows, columns) ** 0.5
-    return newton_schulz(squarable(m)).to(m.dtype).mul_(factor)
+    return newton_schulz(m).to(m.dtype).mul_(factor)
 
 
-def squarable(g: Tensor) -> Tensor:
-    """`g` with its entries cut where the sum of all squares could overflow: from there on a second moment is infinite.
+# --- guards against overflow: far above any gradient of a run that is alive; NaN is passed on ---
 
-    In fp32 that is 9e18 / sqrt(number of entries), far above any gradient of a run that is alive. NaN is passed on.
-    """
+
+def cut_gradient(g: Tensor) -> Tensor:
+    """`g` with its entries cut where the sum of all squares could overflow: 9e18 / sqrt(number of entries) in fp32."""
     bound = (torch.finfo(g.dtype).max / max(g.numel(), 1)) ** 0.5 / 2
     return g.clamp(-bound, bound)
+
+
+def cut_projected(g: Tensor) -> Tensor:
+    """`g` with its entries cut at the fourth root of the largest number, 4e9 in fp32.
+
+    Squares of sums over a side and their sums over the matrix then stay finite, and so does every weight.
+    """
+    bound = torch.finfo(g.dtype).max ** 0.25
+    return g.clamp(-bound, bound)
+
+
+def cut_direction_(direction: Tensor) -> Tensor:
+    """Cut in place at the root of the largest number, so that no weight becomes infinite."""
+    bound = torch.finfo(direction.dtype).max ** 0.5
+    return direction.clamp_(-bound, bound)

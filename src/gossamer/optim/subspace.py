@@ -60,15 +60,6 @@ def fresh_norm(param: Tensor) -> State:
     return {"norm": torch.zeros((), dtype=arithmetic_dtype(param), device=param.device)}
 
 
-def bounded(grad: Tensor) -> Tensor:
-    """`grad` with its entries cut at the fourth root of the largest number: 4e9 in fp32.
-
-    Squares of sums over a side and their sums over the matrix then stay finite, and so does every weight. NaN stays.
-    """
-    bound = torch.finfo(grad.dtype).max ** 0.25
-    return grad.clamp(-bound, bound)
-
-
 class Subspace(NamedTuple):
     """The span of r directions of the smaller side of an m x n matrix."""
 
@@ -120,30 +111,35 @@ def due(step: int, gap: int, key: int = 0) -> bool:
 def refreshed(old: Tensor, grad: Tensor, ctx: Context, kind: Refresh) -> Tensor:
     """A new basis, s x r with orthonormal columns. `old` is only read.
 
+    A gradient of zero says nothing: it gives `old`, or at the first step a random basis.
+
     "svd": the leading singular vectors of `grad` on its smaller side. "warm": one subspace iteration from `old`, which
     needs no SVD; at the first step three, from a Gaussian start. "random": uniform over all r-dimensional subspaces, by
     QR of an s x r Gaussian.
     """
-    long = grad if tall(grad) else grad.mT
+    start = old
+    if ctx.step == 1 or kind == "random":
+        gaussian = torch.randn(old.shape, dtype=old.dtype, device=old.device, generator=ctx.generator)
+        start = linalg.orthonormalize(gaussian)
+    if kind == "random":
+        return start
     if kind == "svd":
-        return linalg.svd(long)[2][: old.shape[1]].mT
-    if kind == "warm" and ctx.step > 1:
-        return iterated(old, grad)
-    gaussian = torch.randn(old.shape, dtype=old.dtype, device=old.device, generator=ctx.generator)
-    basis = linalg.orthonormalize(gaussian)
-    for _ in range(START_ITERATIONS if kind == "warm" else 0):
-        basis = iterated(basis, grad)
-    return basis
+        found = linalg.svd(grad if tall(grad) else grad.mT)[2][: old.shape[1]].mT
+        return torch.where((grad != 0).any(), found, start)
+    for _ in range(START_ITERATIONS if ctx.step == 1 else 1):
+        start = iterated(start, grad)
+    return start
 
 
 def iterated(basis: Tensor, matrix: Tensor) -> Tensor:
     """One block power iteration towards the leading singular vectors of `matrix` on its smaller side.
 
     Q of X^T X basis, with an orthonormalisation between the two products: the same Q in exact arithmetic, but the
-    trailing directions do not drown in the rounding of the squared leading ones.
+    trailing directions do not drown in the rounding of the squared leading ones. A zero matrix leaves the basis.
     """
     long = matrix if tall(matrix) else matrix.mT
-    return linalg.orthonormalize(long.mT @ linalg.orthonormalize(long @ basis))
+    found = linalg.orthonormalize(long.mT @ linalg.orthonormalize(long @ basis))
+    return torch.where((matrix != 0).any(), found, basis)
 
 
 # --- norms ---
@@ -173,7 +169,7 @@ def channel_gain(after: Tensor, before: Tensor, *, tensor: bool = False) -> Tens
     return gain.clamp_max(torch.finfo(gain.dtype).max ** 0.5)
 
 
-def limit_growth(size: Tensor, previous: Tensor, gamma: float) -> Tensor:
+def limit_growth(size: Tensor, previous: Tensor, gamma: float, *, fresh: bool) -> Tensor:
     """The factor that keeps a norm from growing by more than `gamma` a step: Fira's limiter. Advances `previous`.
 
     On the device throughout. A `previous` of zero limits nothing: it stands for "no step yet", and after a gradient of
@@ -183,10 +179,14 @@ def limit_growth(size: Tensor, previous: Tensor, gamma: float) -> Tensor:
         size: the norm to limit, one number.
         previous: () the norm applied at the step before.
         gamma: 1.01 in the papers.
+        fresh: whether a moment is at its first step. Sizes are compared without bias correction, which starts again
+            with the moment: held to the size before, the direction would shrink to a quarter for a hundred steps.
 
     Returns:
         min(1, gamma (previous + 1e-8) / size), 1 x 1.
     """
+    if fresh:
+        previous.zero_()
     growth = torch.where(previous > 0, size / (previous + TINY_NORM), torch.ones_like(size))
     factor = gamma / growth.clamp_min(gamma)
     previous.copy_((size * factor).squeeze())

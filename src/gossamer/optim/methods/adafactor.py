@@ -59,7 +59,7 @@ class Adafactor:
         return {"v_rows": _zeros(param, -1), "v_columns": _zeros(param, -2)}
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad = rules.squarable(grad)
+        grad = rules.cut_gradient(grad)
         eps1 = torch.finfo(grad.dtype).eps if self.eps[0] is None else self.eps[0]
         newest = ctx.v_step**self.beta2_decay
         if grad.ndim < 2:

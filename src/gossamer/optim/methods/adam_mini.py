@@ -59,7 +59,7 @@ class AdamMini:
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         beta1, beta2 = self.betas
-        grad = rules.squarable(grad)
+        grad = rules.cut_gradient(grad)
         m = state["m"].lerp_(grad, 1 - beta1)
         blocks = grad.reshape(len(state["v"]), -1)
         v = state["v"].lerp_(torch.linalg.vector_norm(blocks, dim=1).square_().div_(blocks.shape[1]), 1 - beta2)

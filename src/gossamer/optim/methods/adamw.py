@@ -47,13 +47,13 @@ class AdamW:
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         beta1, beta2 = self.betas
-        grad = rules.squarable(grad)
+        grad = rules.cut_gradient(grad)
         m = stores.read(state, "m").lerp_(grad, 1 - beta1)
         v = stores.read(state, "v").mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         stores.write_(state, m=m, v=v)
         return rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps)
 
-    def moments(self, state: State, m_step: int, v_step: int) -> State:
+    def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What the state stands for, bias-corrected: estimates of E g and E g^2."""
         m, v = stores.read(state, "m"), stores.read(state, "v")
         return {"m": m / (1 - self.betas[0] ** m_step), "v": v / (1 - self.betas[1] ** v_step)}

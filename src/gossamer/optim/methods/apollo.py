@@ -70,7 +70,7 @@ class Apollo:
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         beta1, beta2 = self.betas
-        grad = subspace.bounded(grad)
+        grad = rules.cut_projected(grad)
         view = Subspace(self.projection(grad, ctx), tall(grad))
 
         low = view.down(grad)
@@ -82,7 +82,8 @@ class Apollo:
         gain = subspace.channel_gain(psi, low, tensor=self.scaling == "tensor")
         if self.growth_limit is not None:
             size = subspace.norm(gain * view.channel_norms(grad)) * (correction1 / correction2**0.5)
-            gain = gain * subspace.limit_growth(size, state["norm"], self.growth_limit)
+            fresh = ctx.m_step == 1 or ctx.v_step == 1
+            gain = gain * subspace.limit_growth(size, state["norm"], self.growth_limit, fresh=fresh)
         return grad.mul_(view.along(gain * self.scale**0.5))
 
     def projection(self, grad: Tensor, ctx: Context) -> Tensor:

@@ -73,7 +73,7 @@ class Fira:
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         beta1, beta2 = self.betas
-        grad, basis = subspace.bounded(grad), state["basis"]
+        grad, basis = rules.cut_projected(grad), state["basis"]
         if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
             basis.copy_(subspace.refreshed(basis, grad, ctx, self.refresh))
         view = Subspace(basis, tall(grad))
@@ -88,5 +88,6 @@ class Fira:
         gain = subspace.channel_gain(psi, low)
         if self.growth_limit is not None:
             size = subspace.norm(gain * view.channel_norms(residual)) * (correction1 / correction2**0.5)
-            gain = gain * subspace.limit_growth(size, state["norm"], self.growth_limit)
+            fresh = ctx.m_step == 1 or ctx.v_step == 1
+            gain = gain * subspace.limit_growth(size, state["norm"], self.growth_limit, fresh=fresh)
         return residual.mul_(view.along(gain)).add_(view.up(psi * self.scale))

@@ -68,7 +68,7 @@ class GaLore:
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         beta1, beta2 = self.betas
-        grad, basis = subspace.bounded(grad), state["basis"]
+        grad, basis = rules.cut_projected(grad), state["basis"]
         if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
             basis.copy_(subspace.refreshed(basis, grad, ctx, self.refresh))
         view = Subspace(basis, tall(grad))
@@ -78,6 +78,11 @@ class GaLore:
         v = stores.read(state, "v").mul_(beta2).addcmul_(low, low, value=1 - beta2)
         stores.write_(state, m=m, v=v)
         return view.up(rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps) * self.scale)
+
+    def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
+        """What `m` stands for under the projector at hand, bias-corrected: estimates E g. `v` is of other entries."""
+        low = stores.read(state, "m") / (1 - self.betas[0] ** m_step)
+        return {"m": Subspace(state["basis"], tall(param)).up(low)}
 
 
 @register(

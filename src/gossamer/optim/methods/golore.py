@@ -73,7 +73,7 @@ class GoLore:
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         beta1, beta2 = self.betas
-        grad, basis, m = subspace.bounded(grad), state["basis"], state["m"]
+        grad, basis, m = rules.cut_projected(grad), state["basis"], state["m"]
         if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
             new = subspace.refreshed(basis, grad, ctx, "random" if ctx.step > self.random_after else "svd")
             m.copy_(m @ (basis.mT @ new))
@@ -84,3 +84,8 @@ class GoLore:
         m.lerp_(low, 1 - beta1)
         v = state["v"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
         return view.up(rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps) * self.scale)
+
+    def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
+        """What `m` stands for under the projector at hand, bias-corrected: estimates E g. `v` is of other entries."""
+        low = state["m"] / (1 - self.betas[0] ** m_step)
+        return {"m": Subspace(state["basis"], tall(param)).up(low)}

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from gossamer.errors import UserError
 from gossamer.optim import factors, rules, stores
-from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, entry_of, register
+from gossamer.optim.contract import (
+    Context,
+    State,
+    check_adam,
+    check_choice,
+    check_decay,
+    check_rank,
+    entry_of,
+    register,
+)
 
 PAPER = "this project, docs/methods/gossamer.md"
 SECOND = ("rows-columns", "square", "absolute", "dense")
@@ -42,7 +51,8 @@ class Tracker:
     def blend(self, state: State, w: Tensor, grad: Tensor, *, past: float, own: float, mass: float) -> Tensor:
         """`past B A + own g + tail (mass - own) H`, (m, n)."""
         m = torch.addmm(grad, state["m_B"], state["m_A"], beta=own, alpha=past)
-        return m.add_(factors.outside(state["m_B"], w, grad), alpha=self.tail * (mass - own))
+        weight = self.tail * (mass - own)
+        return m if weight == 0 else m.add_(factors.outside(state["m_B"], w, grad), alpha=weight)
 
 
 @register("gossamer", paper=PAPER, quick={"lr": 1e-3, "rank": 32})
@@ -61,7 +71,8 @@ class Gossamer(Tracker):
         absolute       B A follows |g| with decay sqrt(beta2), and is squared                      r (m + n)
         dense          as AdamW                                                                    m n
 
-    Source: `docs/methods/gossamer.md` has the derivation. At full rank: AdamW (`test_full_rank_is_the_parent`).
+    Source: `docs/methods/gossamer.md` has the derivation. At full rank, with "dense" or "square": AdamW
+    (`test_full_rank_is_the_parent`).
 
     Deviations: none, it is ours. "absolute" estimates (E|g|)^2, which is less than E g^2.
     """
@@ -87,14 +98,14 @@ class Gossamer(Tracker):
         return state | stores.factored(param, self.rank, "v")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad = rules.squarable(grad)
+        grad = rules.cut_gradient(grad)
         beta1, mass = self.betas[0], 1 - self.betas[0] ** ctx.m_step
-        w = factors.frame(state, "m", ctx.m_step == 1, ctx.generator)
+        w = factors.frame(state, "m", ctx.generator)
         m = self.blend(state, w, grad, past=beta1, own=1 - beta1, mass=mass).div_(mass)
         new = {"m": factors.follow(state["m_B"], state["m_A"], w, grad, beta1)}
         v = self._second_moment(grad, state, ctx, new)
         factors.keep_(state, **new)
-        return factors.bounded(rules.adam(m, v, self.eps))
+        return rules.cut_direction_(rules.adam(m, v, self.eps))
 
     def _second_moment(self, grad: Tensor, state: State, ctx: Context, new: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """The bias-corrected second moment of this step. Advances it, or adds its new factors to `new`."""
@@ -107,7 +118,7 @@ class Gossamer(Tracker):
             factors.follow_means_(state, "v", square, beta2)
         else:
             target, decay = (square, beta2) if self.second == "square" else (grad.abs(), beta2**0.5)
-            w = factors.frame(state, "v", t == 1, ctx.generator)
+            w = factors.frame(state, "v", ctx.generator)
             new["v"] = factors.follow(state["v_B"], state["v_A"], w, target, decay)
         return past.mul_(1 - own).add_(square, alpha=own)
 
@@ -123,7 +134,7 @@ class Gossamer(Tracker):
             return factors.nonnegative(tracked).div_(1 - beta2**steps)
         return tracked.div_(1 - beta2 ** (steps / 2)).square_()
 
-    def moments(self, state: State, m_step: int, v_step: int) -> State:
+    def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What the state stands for after that many steps, bias-corrected: estimates of E g and E g^2."""
         m = factors.product(state, "m").div_(1 - self.betas[0] ** m_step)
         return {"m": m, "v": self._history(state, v_step)}
@@ -152,9 +163,9 @@ class GossamerLion(Tracker):
         return stores.factored(param, self.rank, "m")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad = rules.squarable(grad)
+        grad = rules.cut_gradient(grad)
         beta1, beta2 = self.betas
-        w = factors.frame(state, "m", ctx.m_step == 1, ctx.generator)
+        w = factors.frame(state, "m", ctx.generator)
         mass = 1 - beta1 * beta2 ** (ctx.m_step - 1)
         direction = self.blend(state, w, grad, past=beta1, own=1 - beta1, mass=mass).sign_()
         factors.keep_(state, m=factors.follow(state["m_B"], state["m_A"], w, grad, beta2))
@@ -183,15 +194,15 @@ class GossamerMuon(Tracker):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_adam("gossamer-muon", (self.momentum, 0.0), 0.0)
+        check_decay("gossamer-muon", "momentum", self.momentum)
         check_choice("gossamer-muon", adjust_lr_fn=(self.adjust_lr_fn, rules.ADJUSTMENTS))
 
     def init(self, param: Tensor) -> State:
         return stores.factored(param, self.rank, "m")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad, mu = rules.squarable(grad), self.momentum
-        w = factors.frame(state, "m", ctx.m_step == 1, ctx.generator)
+        grad, mu = rules.cut_gradient(grad), self.momentum
+        w = factors.frame(state, "m", ctx.generator)
         past, own, mass = mu, 1 - mu, 1 - mu**ctx.m_step
         if self.nesterov:  # (1 - mu) g + mu (past B A + own g)
             past, own, mass = mu * past, (1 - mu) + mu * own, (1 - mu) + mu * mass

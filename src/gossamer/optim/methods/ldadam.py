@@ -70,7 +70,7 @@ class LDAdam:
         old1, old2 = 1 - beta1 ** (ctx.m_step - 1) or 1.0, 1 - beta2 ** (ctx.v_step - 1)
         m_hat, v_hat = m / old1, v / (old2 or 1.0)
 
-        total = subspace.bounded(grad)
+        total = rules.cut_projected(grad)
         if self.error_feedback:
             total.add_(state["error"])
         if ctx.step == 1:
@@ -82,7 +82,7 @@ class LDAdam:
         if self.error_feedback:
             weight = beta1 / (1 - beta1)
             error = total.sub_(new.up(low + weight * carried)).add_(old.up(m), alpha=weight)
-            state["error"].copy_(subspace.bounded(error))
+            state["error"].copy_(rules.cut_projected(error))
 
         v.copy_((v_hat - m_hat.square()) @ change.square() + (m_hat @ change).square()).abs_().mul_(old2)
         m.copy_(carried).lerp_(low, 1 - beta1)

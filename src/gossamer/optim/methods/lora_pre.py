@@ -11,7 +11,16 @@ from torch import Tensor
 from gossamer.errors import UserError
 from gossamer.linalg import damped_pinv
 from gossamer.optim import factors, rules, stores
-from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, entry_of, register
+from gossamer.optim.contract import (
+    Context,
+    State,
+    check_adam,
+    check_choice,
+    check_decay,
+    check_rank,
+    entry_of,
+    register,
+)
 
 PAPER = "Wang et al., Taming Momentum, ICLR 2026, arXiv 2602.24283"
 
@@ -87,8 +96,8 @@ class LoRAPre(Regression):
       Gram matrix (`test_pinv_survives_rank_deficiency`).
     - A zero gradient shrinks B by beta and leaves A, where the printed step shrinks both by sqrt(beta): the same
       product, but factors that cannot die out (`test_zero_gradients_decay_the_product`).
-    - A factor update that is not finite is discarded, and moments are cut at the largest finite number, so that huge
-      gradients never reach a weight as infinity or NaN (`test_no_nonfinite_weight`). A NaN gradient is passed on.
+    - A factor update that is not finite is discarded, and the first moment is cut at the largest finite number, so that
+      huge gradients never reach a weight as infinity or NaN (`test_no_nonfinite_weight`). A NaN gradient is passed on.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -104,13 +113,18 @@ class LoRAPre(Regression):
         super().__post_init__()
         check_adam("lora-pre", self.betas, self.eps)
         check_choice("lora-pre", bias_correction=(self.bias_correction, ("paper", "exact")))
+        if self.gammas is not None and not all(0 < gamma <= 1 for gamma in self.gammas):
+            raise UserError(f"lora-pre: gammas are {self.gammas}; allowed: 0 < gamma <= 1, or None")
+
+    def _gammas(self) -> tuple[float, float]:
+        return self.gammas or (1 - self.betas[0] ** 0.5, 1 - self.betas[1] ** 0.25)
 
     def init(self, param: Tensor) -> State:
         return stores.factored(param, self.rank, "m", "v")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         beta1, beta2 = self.betas
-        gamma1, gamma2 = self.gammas or (1 - beta1**0.5, 1 - beta2**0.25)
+        gamma1, gamma2 = self._gammas()
         self.begin_(state, ctx, m=ctx.m_step, v=ctx.v_step)
 
         largest = torch.finfo(grad.dtype).max
@@ -124,13 +138,13 @@ class LoRAPre(Regression):
             # the tracker of |g| decays by (1 - gamma2)^2 a step, so the t - 1 gradients before this one have that mass
             a, decay = (1 - beta2) / (1 - beta2**ctx.v_step), (1 - gamma2) ** 2
             v = tracked.div_(1 - decay ** max(ctx.v_step - 1, 1)).square_().mul_(1 - a).addcmul_(grad, grad, value=a)
-        return factors.bounded(rules.adam(m.div_(1 - beta1**ctx.m_step), v, self.eps).mul_(self.scale))
+        return rules.cut_direction_(rules.adam(m.div_(1 - beta1**ctx.m_step), v, self.eps).mul_(self.scale))
 
-    def moments(self, state: State, m_step: int, v_step: int) -> State:
+    def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What the factors stand for, bias-corrected: estimates of E g and E g^2."""
+        decay1, decay2 = ((1 - gamma) ** 2 for gamma in self._gammas())  # of the averages of g and of |g|
         m, v = factors.product(state, "m"), factors.product(state, "v")
-        mass = 1 - self.betas[1] ** (v_step / 2)  # of the average of |g|, whichever correction the step uses
-        return {"m": m.div_(1 - self.betas[0] ** m_step), "v": v.div_(mass).square_()}
+        return {"m": m.div_(1 - decay1**m_step), "v": v.div_(1 - decay2**v_step).square_()}
 
 
 @register("lora-pre-stable", paper=f"{PAPER}; stabilised here", quick={"lr": 1e-3, "rank": 32})
@@ -174,7 +188,7 @@ class LoRAPreMuon(Regression):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_adam("lora-pre-muon", (self.momentum, 0.0), 0.0)
+        check_decay("lora-pre-muon", "momentum", self.momentum)
         check_choice("lora-pre-muon", adjust_lr_fn=(self.adjust_lr_fn, rules.ADJUSTMENTS))
 
     def init(self, param: Tensor) -> State:
@@ -182,7 +196,7 @@ class LoRAPreMuon(Regression):
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         self.begin_(state, ctx, m=ctx.m_step)
-        grad, mu = rules.squarable(grad), self.momentum
+        grad, mu = rules.cut_gradient(grad), self.momentum
         m = torch.addmm(grad, state["m_B"], state["m_A"], alpha=mu)
         self.advance_(state, m=(grad / (1 - mu), 1 - mu**0.5))
-        return rules.orthogonalize(m, self.adjust_lr_fn).mul_(self.scale)
+        return rules.orthogonalize(rules.cut_gradient(m), self.adjust_lr_fn).mul_(self.scale)

@@ -10,7 +10,16 @@ from torch import Tensor
 from gossamer.errors import UserError
 from gossamer.linalg import randomized_svd
 from gossamer.optim import factors, rules, stores
-from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, entry_of, register
+from gossamer.optim.contract import (
+    Context,
+    State,
+    check_adam,
+    check_choice,
+    check_decay,
+    check_rank,
+    entry_of,
+    register,
+)
 
 PAPER = "Shen et al., MLorc, AISTATS 2026, arXiv 2506.01897"
 
@@ -84,15 +93,15 @@ class MLorc(Compression):
         return stores.factored(param, self.rank, "m", "v")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad = rules.squarable(grad)
+        grad = rules.cut_gradient(grad)
         beta1, beta2 = self.betas
         m = factors.ema(state, "m", grad, beta1)
         v = factors.nonnegative(factors.product(state, "v")).lerp_(grad.square(), 1 - beta2)
         factors.keep_(state, m=self.compress(m, ctx), v=self.compress(v, ctx))
         direction = rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps)
-        return factors.bounded(direction)
+        return rules.cut_direction_(direction)
 
-    def moments(self, state: State, m_step: int, v_step: int) -> State:
+    def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What the factors stand for, bias-corrected: estimates of E g and E g^2."""
         m, v = factors.product(state, "m"), factors.nonnegative(factors.product(state, "v"))
         return {"m": m / (1 - self.betas[0] ** m_step), "v": v / (1 - self.betas[1] ** v_step)}
@@ -122,7 +131,7 @@ class MLorcLion(Compression):
         return stores.factored(param, self.rank, "m")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad = rules.squarable(grad)
+        grad = rules.cut_gradient(grad)
         beta1, beta2 = self.betas
         direction = factors.ema(state, "m", grad, beta1).sign_()
         factors.keep_(state, m=self.compress(factors.ema(state, "m", grad, beta2), ctx))
@@ -152,14 +161,14 @@ class MLorcMuon(Compression):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_adam("mlorc-muon", (self.momentum, 0.0), 0.0)
+        check_decay("mlorc-muon", "momentum", self.momentum)
         check_choice("mlorc-muon", adjust_lr_fn=(self.adjust_lr_fn, rules.ADJUSTMENTS))
 
     def init(self, param: Tensor) -> State:
         return stores.factored(param, self.rank, "m")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad = rules.squarable(grad)
+        grad = rules.cut_gradient(grad)
         m = factors.ema(state, "m", grad, self.momentum)
         factors.keep_(state, m=self.compress(m, ctx))
         return rules.orthogonalize(grad.lerp(m, self.momentum) if self.nesterov else m, self.adjust_lr_fn)

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from gossamer.optim import rules, stores
-from gossamer.optim.contract import Context, State, check_adam, check_choice, register
+from gossamer.optim.contract import Context, State, check_choice, check_decay, register
 
 
 @register("muon", paper="Jordan et al., Muon, 2024, kellerjordan.github.io/posts/muon", quick={"lr": 5e-3})
@@ -35,13 +35,13 @@ class Muon:
     """The factor of the shape. With the second, learning rates tuned for AdamW carry over."""
 
     def __post_init__(self) -> None:
-        check_adam("muon", (self.momentum, 0.0), 0.0)
+        check_decay("muon", "momentum", self.momentum)
         check_choice("muon", adjust_lr_fn=(self.adjust_lr_fn, rules.ADJUSTMENTS))
 
     def init(self, param: Tensor) -> State:
         return stores.dense(param, "m")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad = rules.squarable(grad)
+        grad = rules.cut_gradient(grad)
         m = state["m"].lerp_(grad, 1 - self.momentum)
         return rules.orthogonalize(grad.lerp(m, self.momentum) if self.nesterov else m, self.adjust_lr_fn)

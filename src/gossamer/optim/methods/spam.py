@@ -74,7 +74,7 @@ class SPAM:
             v.zero_()
         m_age, v_age = min(ctx.m_step, since), min(ctx.v_step, since)  # Optimizer.reset may have come in between
 
-        grad = rules.squarable(grad)
+        grad = rules.cut_gradient(grad)
         bound = self.threshold * v
         spike = (grad.square() > bound) & (v > 0)
         grad = torch.where(spike, bound.sqrt_().copysign_(grad), grad)

@@ -74,7 +74,7 @@ class StableSPAM:
             state["v"].zero_()
         m_age, v_age = min(ctx.m_step, since), min(ctx.v_step, since)  # Optimizer.reset may have come in between
 
-        grad = self._stabilized(rules.squarable(grad), state, ctx.step)
+        grad = self._stabilized(rules.cut_gradient(grad), state, ctx.step)
         m = state["m"].lerp_(grad, 1 - beta1)
         v = state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         return rules.adam(m / (1 - beta1**m_age), v / (1 - beta2**v_age), self.eps)
