@@ -123,10 +123,11 @@ def test_reset_and_carry_on_is_finite_and_moves(name: str) -> None:
         assert bool(p.isfinite().all()) and not torch.equal(p, before)
         other = torch.nn.Parameter(before.clone())
         run(optimizer(name, [other]), [other], range(5, 9))
-        # as far as the first five steps or a new optimizer went, give or take a moment kept from noisier times. Under the
-        # bias correction of another age it would be out by up to sqrt(1 / (1 - 0.999)) = 30
-        far = max(float((other.detach() - before).norm()), first)
-        assert float((p.detach() - before).norm()) < 10 * far
+        if "m" in moments:  # a kept momentum over one gradient's magnitude is long in any Adam
+            # as far as the first five steps or a new optimizer went. Under the bias correction of another age a moment
+            # would be out by up to sqrt(1 / (1 - 0.999)) = 30
+            far = max(float((other.detach() - before).norm()), first)
+            assert float((p.detach() - before).norm()) < 2 * far
 
 
 @pytest.mark.parametrize("name", NAMES)
