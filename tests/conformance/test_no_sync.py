@@ -167,7 +167,9 @@ VIRTUES: dict[str, Callable[[Tensor], Any]] = {
     "branch on a shape": lambda g: g if g.shape[0] > 3 else -g,
     "gather": lambda g: g.gather(1, g.argmax(1, keepdim=True)),
     "index": lambda g: g[torch.arange(2)],
-    "svd": lambda g: torch.linalg.svd(g, full_matrices=False),
+    "svd, on the CPU: cuSOLVER's reads its convergence back, see gossamer.linalg": lambda g: torch.linalg.svd(
+        g, full_matrices=False
+    ),
     "qr": lambda g: torch.linalg.qr(g),
     "cholesky": lambda g: torch.linalg.cholesky_ex(g.mT @ g),
     "random": lambda g: torch.randn(g.shape, generator=torch.Generator().manual_seed(0)),

@@ -211,8 +211,8 @@ class Optimizer(torch.optim.Optimizer):
         """Forget moments: as if their parameters had never been stepped, bias correction and all.
 
         Everything else stays: step counts and so the random streams and refresh schedules, projectors, other moments.
-        Forgetting "v" alone makes one long step of an Adam-like method, about ten times the usual: the kept momentum over
-        the magnitude of a single gradient.
+        Forgetting "v" alone makes one long step of an Adam-like method, about ten times the usual: the kept momentum
+        over the magnitude of a single gradient.
 
         Args:
             names: of parameters; all if None. A parameter that was never stepped has nothing to forget.

@@ -35,6 +35,8 @@ class Adafactor:
     rms(u) on the host, twice a parameter a step; here they stay on the device. torch's rule is the step itself, with
     rho = min(lr, 1 / sqrt(t)); what is returned is that over lr, worked out so that lr = 0 is no division by zero.
     - State and arithmetic of a bf16 parameter are fp32, and so is its default eps1.
+    - As in torch, eps1 = 1.2e-7 is a floor under the root of V: gradients below about 5e-6 are no longer normalised
+      entry by entry. Give eps=(1e-15, 1e-3) where they are that small.
     - Gradients are cut where the sum of their squares would overflow.
     """
 

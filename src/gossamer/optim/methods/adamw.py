@@ -79,8 +79,8 @@ class AdamW8bit(AdamW):
     - 256 entries share a scale, as in the newer code; the paper's 2048 save another 1 % of the state.
     - The scale carries the sign of the largest entry, which is then exact whichever it is; the codes themselves are not
       symmetric (`test_codes_keep_zero_and_the_largest_entry`).
-    - A second moment that is not zero never becomes zero: next to an entry 2500 times larger it would, and its step
-      would be m / eps (`test_a_second_moment_does_not_vanish`).
+    - A second moment that is not zero never becomes zero: next to that of a gradient 2500 times larger it would, and
+      its step would be m / eps (`test_a_second_moment_does_not_vanish`).
     - Every tensor is encoded; the authors' code leaves those of fewer than 4096 entries in fp32. Embeddings, for which
       the paper asks for a normalised layer and 32 bits, are trained by the fallback unless you give them to this.
     """

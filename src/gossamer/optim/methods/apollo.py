@@ -37,7 +37,7 @@ class Apollo:
     - The limiter acts before bias correction, as in the authors' code: see `Fira`. A norm of zero limits nothing.
     - eps is added to the bias-corrected root, as in torch; the authors add 1e-6 before the correction (`test_apollo`).
     - The stream of P is ours; theirs is a chain of seeds. Their projector by SVD (APOLLO-SVD) is not offered.
-    - Gradient entries beyond 4e9 (fp32) are cut (`test_no_nonfinite_weight`).
+    - Gradient entries beyond 4e9 (fp32) are cut (`test_nothing_non_finite`).
     """
 
     betas: tuple[float, float] = (0.9, 0.999)

@@ -35,7 +35,7 @@ class GaLore:
       eps / sqrt(1 - beta2^t) (`test_galore`).
     - Projector and moments are fp32 whatever the weight's dtype, and singular vectors have fixed signs: moments outlive
       a refresh, so signs matter (`test_galore`).
-    - Gradient entries beyond 4e9 (fp32) are cut (`test_no_nonfinite_weight`).
+    - Gradient entries beyond 4e9 (fp32) are cut (`test_nothing_non_finite`).
     - `refresh="warm"` and `staggered` are ours.
     """
 

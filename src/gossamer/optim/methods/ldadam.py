@@ -39,7 +39,7 @@ class LDAdam:
     - A power iteration orthonormalises between its two products: the same U without rounding
       (`test_ldadam`, which does not).
     - A square matrix is projected on its columns, the authors' on its rows. All state is fp32.
-    - Entries of g and of e beyond 4e9 (fp32) are cut (`test_no_nonfinite_weight`).
+    - Entries of g and of e beyond 4e9 (fp32) are cut (`test_nothing_non_finite`).
     """
 
     betas: tuple[float, float] = (0.908, 0.99)

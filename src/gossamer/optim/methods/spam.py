@@ -38,6 +38,7 @@ class SPAM:
       (`test_spam_does_not_freeze_what_it_has_not_seen`).
     - The bias corrections count from the reset; the code goes on counting, which lengthens the steps after a reset by
       (1 - beta1^a) / sqrt(1 - beta2^a), up to six times (`test_spam_is_its_equations`).
+    - eps is added to the bias-corrected root, as in torch; the code adds it before the correction.
     - The warm-up rises from 0; the code's from 0.01. Neither warms up before the first reset: that is the schedule's.
     - `Optimizer.reset` starts the warm-up too, and does not shift the next reset. Gradients are cut where the sum of
       their squares would overflow.
