@@ -26,7 +26,7 @@ class Suite:
     """Of embeddings, output head and norms, by the same AdamW in every run: methods differ in hidden matrices alone."""
     eval_tokens: int
     evals: int
-    """Evaluations of a run, evenly spaced; the last one counts."""
+    """Evaluations and checkpoints of a run, evenly spaced; the last one counts."""
 
 
 SUITES = {
@@ -34,11 +34,11 @@ SUITES = {
     "quick": Suite(
         "tiny",
         DataConfig(seq_len=128),
-        steps=150,
+        steps=120,
         batch_size=16,
         fallback_lr=4e-3,
         eval_tokens=100_000,
-        evals=2,
+        evals=1,
     ),
 }
 
