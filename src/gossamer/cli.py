@@ -27,7 +27,7 @@ from gossamer.train import Pretrain, pretrain
 M = TypeVar("M", bound=Method)
 Options = TypeVar("Options")
 
-DEFAULT_METHOD = "lora-pre-stable"
+DEFAULT_METHOD = "gossamer"
 
 
 @dataclass(frozen=True)
