@@ -78,7 +78,7 @@ class Regression:
         factors.keep_(state, **new)
 
 
-@register("lora-pre", paper=PAPER, quick={"lr": 1e-3, "rank": 32})
+@register("lora-pre", paper=PAPER, quick={"lr": 5e-4, "rank": 32})
 @dataclass(frozen=True, kw_only=True)
 class LoRAPre(Regression):
     """Both of Adam's moments as products of rank-r factors, advanced by one block-Newton step: Algorithm 1 as printed.
