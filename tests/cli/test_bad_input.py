@@ -54,7 +54,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
         ("pretrain --trackers tensorbord", "Expected one of ('wandb', 'tensorboard')"),
         ("pretrain --method lora-pre --method.rank 0", "lora-pre: rank is 0; allowed: an integer >= 1"),
         ("pretrain --method lora-pre --method.rank -3", "lora-pre: rank is -3; allowed: an integer >= 1"),
-        ("memory --method adamw --method.betas 0.9 1.5", "beta2 is 1.5; allowed: 0 <= beta < 1"),
+        ("memory --method adamw --method.betas 0.9 1.5", "beta2 is 1.5; allowed: 0 <= beta2 < 1"),
         ("pretrain --steps 0", "steps: 0 is too small; allowed: an integer >= 1"),
         ("pretrain --batch-size -4", "batch_size: -4 is too small"),
         ("pretrain --micro-batch-size 0", "micro_batch_size: 0 is too small"),

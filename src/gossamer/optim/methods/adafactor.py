@@ -17,7 +17,7 @@ from gossamer.optim.stores import arithmetic_dtype, dense
     "adafactor",
     paper="Shazeer and Stern, Adafactor, ICML 2018, arXiv 1804.04235",
     matrix_only=False,
-    quick={"lr": 1e-2},
+    quick={"lr": 1.5e-2},
 )
 @dataclass(frozen=True)
 class Adafactor:

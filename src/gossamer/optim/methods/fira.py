@@ -15,7 +15,7 @@ from gossamer.optim.subspace import Subspace, check_gap, check_growth, due, tall
 @register(
     "fira",
     paper="Chen et al., Fira, NeurIPS 2025, arXiv 2410.01623",
-    quick={"lr": 4e-3, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)},
+    quick={"lr": 2e-3, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class Fira:

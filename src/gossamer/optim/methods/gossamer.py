@@ -140,7 +140,7 @@ class Gossamer(Tracker):
         return {"m": m, "v": self._history(state, v_step)}
 
 
-@register("gossamer-lion", paper=PAPER, quick={"lr": 3e-4, "rank": 32})
+@register("gossamer-lion", paper=PAPER, quick={"lr": 2e-4, "rank": 32})
 @dataclass(frozen=True)
 class GossamerLion(Tracker):
     """Lion whose momentum follows the exact average in two thin factors.

@@ -107,7 +107,7 @@ class MLorc(Compression):
         return {"m": m / (1 - self.betas[0] ** m_step), "v": v / (1 - self.betas[1] ** v_step)}
 
 
-@register("mlorc-lion", paper=PAPER, quick={"lr": 3e-4, "rank": 32, "power_iterations": 1})
+@register("mlorc-lion", paper=PAPER, quick={"lr": 2e-4, "rank": 32, "power_iterations": 1})
 @dataclass(frozen=True)
 class MLorcLion(Compression):
     """Lion with a compressed momentum.
