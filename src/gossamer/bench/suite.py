@@ -34,8 +34,8 @@ SUITES = {
     "quick": Suite(
         "tiny",
         DataConfig(seq_len=128),
-        steps=120,
-        batch_size=16,
+        steps=200,
+        batch_size=8,
         fallback_lr=4e-3,
         eval_tokens=100_000,
         evals=1,
