@@ -17,7 +17,7 @@ from gossamer.optim.contract import Context, State, check_adam, register
     "adam-mini",
     paper="Zhang et al., Adam-mini, ICLR 2025, arXiv 2406.16793",
     matrix_only=False,
-    quick={"lr": 1.2e-3, "betas": (0.9, 0.95)},
+    quick={"lr": 4e-4, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class AdamMini:

@@ -15,7 +15,7 @@ from gossamer.optim.contract import Context, State, check_adam, register
     "adamw",
     paper="Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101",
     matrix_only=False,
-    quick={"lr": 1.2e-3, "betas": (0.9, 0.95)},
+    quick={"lr": 4e-4, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class AdamW:
@@ -63,7 +63,7 @@ class AdamW:
     "adamw-8bit",
     paper="Dettmers et al., 8-bit Optimizers via Block-wise Quantization, ICLR 2022, arXiv 2110.02861",
     matrix_only=False,
-    quick={"lr": 1.2e-3, "betas": (0.9, 0.95)},
+    quick={"lr": 4e-4, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class AdamW8bit(AdamW):

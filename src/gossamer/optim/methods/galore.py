@@ -15,7 +15,7 @@ from gossamer.optim.subspace import Subspace, check_gap, due, tall
 @register(
     "galore",
     paper="Zhao et al., GaLore, ICML 2024, arXiv 2403.03507",
-    quick={"lr": 1.2e-3, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)},
+    quick={"lr": 6e-4, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class GaLore:
@@ -88,7 +88,7 @@ class GaLore:
 @register(
     "galore-8bit",
     paper="Zhao et al., GaLore, ICML 2024, arXiv 2403.03507",
-    quick={"lr": 1.2e-3, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)},
+    quick={"lr": 6e-4, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class GaLore8bit(GaLore):

@@ -16,10 +16,10 @@ from gossamer.optim.subspace import Subspace, check_gap, due, tall
     "golore",
     paper="He et al., Subspace Optimization for LLMs with Convergence Guarantees, ICML 2025, arXiv 2410.11289",
     quick={
-        "lr": 1.2e-3,
+        "lr": 6e-4,
         "rank": 32,
         "update_proj_gap": 50,
-        "random_after": 96,
+        "random_after": 160,
         "betas": (0.9, 0.95),
     },
 )

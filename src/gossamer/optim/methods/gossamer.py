@@ -55,7 +55,7 @@ class Tracker:
         return m if weight == 0 else m.add_(factors.outside(state["m_B"], w, grad), alpha=weight)
 
 
-@register("gossamer", paper=PAPER, quick={"lr": 1.2e-3, "rank": 32})
+@register("gossamer", paper=PAPER, quick={"lr": 4e-4, "rank": 32})
 @dataclass(frozen=True)
 class Gossamer(Tracker):
     """AdamW whose first moment follows the exact average in two thin factors.

@@ -15,7 +15,7 @@ from gossamer.optim.subspace import Subspace, tall
 @register(
     "ldadam",
     paper="Robert et al., LDAdam, ICLR 2025, arXiv 2410.16103",
-    quick={"lr": 1.2e-3, "rank": 32},
+    quick={"lr": 6e-4, "rank": 32},
 )
 @dataclass(frozen=True)
 class LDAdam:

@@ -78,7 +78,7 @@ class Regression:
         factors.keep_(state, **new)
 
 
-@register("lora-pre", paper=PAPER, quick={"lr": 5e-4, "rank": 32})
+@register("lora-pre", paper=PAPER, quick={"lr": 2e-4, "rank": 32})
 @dataclass(frozen=True, kw_only=True)
 class LoRAPre(Regression):
     """Both of Adam's moments as products of rank-r factors, advanced by one block-Newton step: Algorithm 1 as printed.
@@ -147,7 +147,7 @@ class LoRAPre(Regression):
         return {"m": m.div_(1 - decay1**m_step), "v": v.div_(1 - decay2**v_step).square_()}
 
 
-@register("lora-pre-stable", paper=f"{PAPER}; stabilised here", quick={"lr": 5e-4, "rank": 32})
+@register("lora-pre-stable", paper=f"{PAPER}; stabilised here", quick={"lr": 2e-4, "rank": 32})
 @dataclass(frozen=True, kw_only=True)
 class LoRAPreStable(LoRAPre):
     """LoRA-Pre with sequential updates, relative damping and a second moment whose weights sum to one.

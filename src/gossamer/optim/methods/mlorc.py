@@ -58,7 +58,7 @@ class Compression:
         )
 
 
-@register("mlorc", paper=PAPER, quick={"lr": 1.2e-3, "rank": 32, "power_iterations": 1, "betas": (0.9, 0.95)})
+@register("mlorc", paper=PAPER, quick={"lr": 4e-4, "rank": 32, "power_iterations": 1, "betas": (0.9, 0.95)})
 @dataclass(frozen=True)
 class MLorc(Compression):
     """AdamW whose two moments are compressed after use: this step sees them whole, only their history is low-rank.

@@ -17,7 +17,7 @@ from gossamer.optim.contract import Context, State, check_adam, register
     "spam",
     paper="Huang et al., SPAM, ICLR 2025, arXiv 2501.06842",
     matrix_only=False,
-    quick={"lr": 1.2e-3, "betas": (0.9, 0.95)},
+    quick={"lr": 4e-4, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class SPAM:

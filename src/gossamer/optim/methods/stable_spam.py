@@ -16,7 +16,7 @@ from gossamer.optim.contract import Context, State, check_adam, register
     "stable-spam",
     paper="Huang et al., Stable-SPAM, 2025, arXiv 2502.17055",
     matrix_only=False,
-    quick={"lr": 1.2e-3, "betas": (0.9, 0.95)},
+    quick={"lr": 4e-4, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class StableSPAM:
