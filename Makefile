@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up: a virtual environment in .venv, under the pins of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO := adamw muon galore lora-pre-stable mlorc gossamer
+DEMO := adamw galore lora-pre-stable mlorc gossamer
 STAMP := .venv/.installed
 # tests run side by side, one a core; a thread pool in each would fight over the cores
 TEST_ENV := OMP_NUM_THREADS=1
