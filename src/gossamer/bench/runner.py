@@ -31,6 +31,7 @@ def bench(options: Bench) -> Path:
             for seed in options.seeds:
                 label = f"{entry.name} lr {lr:g} seed {seed}"
                 steps = options.steps or suite.steps
+                every = -(-steps // suite.evals)
                 config = Pretrain(
                     method=method,
                     model=suite.model,
@@ -41,9 +42,9 @@ def bench(options: Bench) -> Path:
                     batch_size=suite.batch_size,
                     lr=lr,
                     fallback_lr=suite.fallback_lr,
-                    eval_every=-(-steps // suite.evals),
+                    eval_every=every,
                     eval_tokens=suite.eval_tokens,
-                    save_every=-(-steps // suite.evals),
+                    save_every=every,
                     keep_last=1,
                     seed=seed,
                 )
@@ -80,7 +81,7 @@ def _preset(entry: Entry, suite: str) -> tuple[Method, float]:
 def _row(suite: str, label: str, name: str, config: Pretrain[Any], ratio: float) -> dict[str, Any]:
     result = pretrain(config, label=label)
     log = config.out / "log.jsonl"
-    start = json.loads(log.read_text().partition("\n")[0])
+    _, start = next(jsonl.read(log))
     return {
         "suite": suite,
         "label": label,

@@ -78,7 +78,7 @@ class Diagnostics:
     def __init__(self, optimizer: Optimizer, names: Iterable[str], every: int = 10) -> None:
         if every < 1:
             raise UserError(f"diagnose: every is {every}; allowed: an integer >= 1")
-        methods = {n: group["method"] for group in optimizer.param_groups for n in group["param_names"]}
+        methods = {name: group["method"] for name, _, group in optimizer.members()}
         chosen = {name for pattern in names for name in _matching(pattern, methods)}
         self.optimizer, self.every, self.records = optimizer, every, []
         self._kept: dict[str, State] = {name: {} for name in methods if name in chosen}
@@ -93,7 +93,7 @@ class Diagnostics:
 
     def watched(self) -> list[dict[str, Any]]:
         """Each watched parameter: `name`, `method`, and whether that is `inspectable`, so has errors of moments."""
-        methods = {n: group["method"] for group in self.optimizer.param_groups for n in group["param_names"]}
+        methods = {name: group["method"] for name, _, group in self.optimizer.members()}
         return [
             {"name": n, "method": entry_of(methods[n]).name, "inspectable": isinstance(methods[n], Inspectable)}
             for n in self._kept
@@ -105,7 +105,7 @@ class Diagnostics:
 
     def load_state_dict(self, state_dict: Mapping[str, State]) -> None:
         """Continue exactly. A parameter that `state_dict` lacks begins late; one that is not watched is left out."""
-        params = {n: p for g in self.optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        params = {name: param for name, param, _ in self.optimizer.members()}
         for name in self._kept:
             self._kept[name] = {
                 key: value.clone() if key.endswith("_seen") else value.to(params[name].device, copy=True)

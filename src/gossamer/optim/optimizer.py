@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -169,11 +169,16 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for name, param, group in self.members():
+            if param.grad is not None and param.numel() > 0:  # an empty shard has nothing to step
+                self._step_parameter(name, param, group)
+        return loss
+
+    def members(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+        """Every parameter with its name and its group."""
         for group in self.param_groups:
             for name, param in zip(group["param_names"], group["params"], strict=True):
-                if param.grad is not None and param.numel() > 0:  # an empty shard has nothing to step
-                    self._step_parameter(name, param, group)
-        return loss
+                yield name, param, group
 
     def _step_parameter(self, name: str, param: nn.Parameter, group: dict[str, Any]) -> None:
         grad, method, lr = param.grad, group["method"], group["lr"]
@@ -224,7 +229,7 @@ class Optimizer(torch.optim.Optimizer):
         moments = tuple(moments)
         for moment in moments:
             contract.check_choice("reset", moments=(moment, MOMENTS))
-        params = {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        params = {name: param for name, param, _ in self.members()}
         names = list(params) if names is None else list(names)
         for name in names:
             if name not in params:

@@ -15,8 +15,8 @@ from gossamer.optim.contract import Method, describe
 
 M = TypeVar("M", bound=Method)
 
-MAY_CHANGE_ON_RESUME = {"out", "resume", "compile", "eval_every", "eval_tokens", "save_every", "keep_last"}
-MAY_CHANGE_ON_RESUME |= {"diagnose", "diagnose_every", "trackers"}
+MAY_CHANGE_ON_RESUME = {"out", "resume", "compile", "eval_every", "eval_tokens", "save_every", "keep_last", "trackers",
+                        "diagnose", "diagnose_every"}  # fmt: skip
 
 
 @dataclass(frozen=True)
