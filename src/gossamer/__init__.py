@@ -12,6 +12,7 @@ from typing import Any
 from gossamer.errors import UserError
 from gossamer.optim import Context, Entry, Method, Optimizer, Plan, PlanRow, Reset, State, param_groups, register
 from gossamer.optim.contract import methods
+from gossamer.restarts import Restarter, Restarts
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "Plan",
     "PlanRow",
     "Reset",
+    "Restarter",
+    "Restarts",
     "State",
     "UserError",
     "methods",

@@ -19,23 +19,28 @@ from rich.table import Table
 import gossamer
 from gossamer.bench import Bench, bench, summary_table, write_report
 from gossamer.errors import UserError, nearest
+from gossamer.layers import PARAMETRIZATIONS, Parametrization
 from gossamer.memory import predict
 from gossamer.optim.contract import Method, entry_of, find, methods
 from gossamer.optim.optimizer import num_bytes
+from gossamer.restarts import Restarts
 from gossamer.train import Pretrain, pretrain
 
 M = TypeVar("M", bound=Method)
+L = TypeVar("L", bound=Parametrization | None)
 Options = TypeVar("Options")
 
 DEFAULT_METHOD = "gossamer"
 
 
 @dataclass(frozen=True)
-class MemoryOptions(Generic[M]):
+class MemoryOptions(Generic[M, L]):
     """Predict what training takes, beside AdamW, without taking it."""
 
     method: M
     """How hidden matrices are trained; everything else is trained by AdamW."""
+    layers: L
+    """What hidden linear layers are replaced by; None: nothing."""
     model: str = "1b"
     """A size (tiny, 9m .. 13b), or a Hugging Face config.json or a folder with one."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -56,7 +61,7 @@ class MethodsOptions:
 
 
 def run_pretrain(argv: list[str]) -> None:
-    options = _parse_with_method(Pretrain, "pretrain", argv)
+    options = _parse_with_parts(Pretrain, "pretrain", argv)
     pretrain(options)
     print(f"{options.out / 'log.jsonl'}")
 
@@ -74,7 +79,7 @@ def run_report(argv: list[str]) -> None:
 
 
 def run_memory(argv: list[str]) -> None:
-    options = _parse_with_method(MemoryOptions, "memory", argv)
+    options = _parse_with_parts(MemoryOptions, "memory", argv)
     dtype = getattr(torch, options.dtype)
     name = entry_of(options.method).name
     mine, dense = (predict(options.model, m, dtype=dtype) for m in (options.method, gossamer.AdamW()))
@@ -158,26 +163,51 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parse_with_method(options: Any, command: str, argv: list[str]) -> Any:
-    """Parse `--method NAME` first: it decides which `--method.*` options there are."""
-    name, rest = DEFAULT_METHOD, []
+def _parse_with_parts(options: Any, command: str, argv: list[str]) -> Any:
+    """Parse, after the parts that decide which options there are: `--method`, `--layers`, any `--restarts.*`."""
+    method_name, argv = _take("method", argv)
+    layers_name, argv = _take("layers", argv)
+    if method_name == "":
+        raise UserError(f"method: no name given; known: {', '.join(methods())}")
+    if layers_name is not None and layers_name not in PARAMETRIZATIONS:
+        guess = nearest(layers_name, PARAMETRIZATIONS)
+        raise UserError(f"layers: unknown {layers_name!r}{guess}; known: {', '.join(PARAMETRIZATIONS)}")
+    parts: dict[str, Any] = {
+        "method": find(method_name or DEFAULT_METHOD).cls(),
+        "layers": PARAMETRIZATIONS[layers_name]() if layers_name else None,
+        "restarts": Restarts() if any(word.startswith("--restarts.") for word in argv) else None,
+    }
+    wanted = {name: part for name, part in parts.items() if name in options.__dataclass_fields__}
+    hint = (
+        f"--method NAME is one of {', '.join(methods())} (default: {DEFAULT_METHOD}) and brings --method.* options. "
+        f"--layers NAME is one of {', '.join(PARAMETRIZATIONS)} (default: none) and brings --layers.*."
+    )
+    if "restarts" in wanted:
+        hint += " --restarts.every N turns restarts on and brings --restarts.* (reset, scope, no-refactorize, ...)."
+    return _parse(
+        options[*map(type, wanted.values())], command, argv, f"{options.__doc__}\n\n{hint}", options(**wanted)
+    )
+
+
+def _take(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
+    """The value of `--name VALUE` or `--name=VALUE` (None: not there; empty: no value), and the other words."""
+    value, rest = None, []
     words = iter(argv)
     for word in words:
-        if word == "--method" or word.startswith("--method="):
+        if word == f"--{name}" or word.startswith(f"--{name}="):
             value = word.partition("=")[2] or next(words, "")
-            if not value:
-                raise UserError(f"method: no name given; known: {', '.join(methods())}")
-            name = value
         else:
             rest.append(word)
-    entry = find(name)
-    hint = (
-        f"--method NAME is one of {', '.join(methods())} (default: {DEFAULT_METHOD}) and brings the --method.* options."
-    )
-    return _parse(options[entry.cls], command, rest, f"{options.__doc__}\n\n{hint}")
+    return value, rest
 
 
-def _parse(options: Callable[..., Options], command: str, argv: list[str], description: str | None = None) -> Options:
+def _parse(
+    options: Callable[..., Options],
+    command: str,
+    argv: list[str],
+    description: str | None = None,
+    default: Any = None,
+) -> Options:
     """tyro's parser, with its panel of an error made one line."""
     caught = io.StringIO()
     columns = os.environ.get("COLUMNS")
@@ -185,7 +215,7 @@ def _parse(options: Callable[..., Options], command: str, argv: list[str], descr
         with contextlib.redirect_stderr(caught):
             if not {"-h", "--help"} & set(argv):
                 os.environ["COLUMNS"] = "1000"  # else tyro wraps its message at the terminal's width
-            return tyro.cli(options, args=argv, prog=f"gossamer {command}", description=description)
+            return tyro.cli(options, args=argv, prog=f"gossamer {command}", description=description, default=default)
     except SystemExit as stop:
         if stop.code == 0:
             raise
@@ -207,6 +237,6 @@ def _one_line(panel: str) -> str:
     suggestions = [line.split()[0] for line in lines if line.startswith("--")]
     if message.startswith("Unrecognized") and suggestions:
         return f"{message} (did you mean {suggestions[0]}?)"
-    if message.startswith("Unrecognized"):  # --method is read before tyro, which does not know of it
-        return message + nearest(message.partition(":")[2].split(",")[0].strip(), ["--method"])
+    if message.startswith("Unrecognized"):  # read before tyro, which does not know of them
+        return message + nearest(message.partition(":")[2].split(",")[0].strip(), ["--method", "--layers"])
     return message

@@ -170,8 +170,8 @@ def test_a_parameter_that_was_never_stepped() -> None:
     opt.step()
     done = opt.reset()
     assert (done.parameters, done.tensors) == (1, 2) and idle not in opt.state
-    assert opt.reset(["w1"]) == (0, 0, 0.0)
-    assert opt.reset() == (1, 2, 0.0)  # nothing left to forget, the second time
+    assert opt.reset(["w1"]) == (0, 0, 0.0, 0.0)
+    assert opt.reset() == (1, 2, 0.0, 0.0)  # nothing left to forget, the second time
 
 
 def test_unknown_names_and_moments() -> None:

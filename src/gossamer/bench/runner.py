@@ -67,7 +67,7 @@ def _finished(path: Path) -> dict[str, dict[str, Any]]:
     return {row["label"]: row for _, row in jsonl.read(path)}
 
 
-def _same(saved: dict[str, Any], config: Pretrain[Any]) -> bool:
+def _same(saved: dict[str, Any], config: Pretrain[Any, Any, Any]) -> bool:
     """Whether a run was made under this configuration, whatever its folder is called."""
     return {**saved, "out": None} == {**json.loads(json.dumps(config.to_json())), "out": None}
 
@@ -78,7 +78,7 @@ def _preset(entry: Entry, suite: str) -> tuple[Method, float]:
     return build(entry.name, **fields), lr
 
 
-def _row(suite: str, label: str, name: str, config: Pretrain[Any], ratio: float) -> dict[str, Any]:
+def _row(suite: str, label: str, name: str, config: Pretrain[Any, Any, Any], ratio: float) -> dict[str, Any]:
     result = pretrain(config, label=label)
     log = config.out / "log.jsonl"
     _, start = next(jsonl.read(log))

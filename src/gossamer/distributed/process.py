@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gossamer.errors import UserError
@@ -47,7 +48,8 @@ class World:
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """`model`, with its gradients averaged over processes."""
-        return DistributedDataParallel(model) if self.size > 1 else model
+        # buffers are the same by construction; sending the indices of sparse weights with every step would be slow
+        return DistributedDataParallel(model, broadcast_buffers=False) if self.size > 1 else model
 
     @contextlib.contextmanager
     def accumulating(self, model: nn.Module, last: bool) -> Iterator[None]:
@@ -75,3 +77,23 @@ def start(device: str) -> World:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, on every process; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def put_(param: Tensor, value: Tensor) -> None:
+    """Copy the whole `value` into a parameter that may be sharded or replicated; every process takes the first one's.
+
+    What each process computed for itself may differ in the last bit where their hardware or libraries do.
+    """
+    value = value.to(param.dtype)
+    if isinstance(param, DTensor):
+        param.copy_(distribute_tensor(value, param.device_mesh, param.placements))
+        return
+    if dist.is_initialized():
+        value = value.contiguous()
+        dist.broadcast(value, src=0)
+    param.copy_(value)

@@ -14,6 +14,10 @@ from gossamer.optim.methods.adamw import AdamW
 
 Rules = Sequence[tuple[str, Method]]
 
+HIDDEN_MATRIX, SPARSE_VALUES, DENSE = "hidden matrix", "sparse values", "rank >= min(m, n): dense"
+HIDDEN = (HIDDEN_MATRIX, SPARSE_VALUES, DENSE)
+"""Why a parameter of a hidden layer is trained as it is, unless a rule says otherwise."""
+
 _HEAD_NAMES = re.compile(r"(lm_head|embed_out|output|output_projection|head|score|classifier|\w+_head)$")
 
 
@@ -36,13 +40,16 @@ def param_groups(
     (`get_output_embeddings()`, a weight tied to an embedding, or, where the model does not say, a last name such as
     `lm_head` or `classifier`) nor an
     embedding. Given bare parameters instead of a model, every matrix counts as hidden: pass the model if you have it.
+    The factors of a low-rank layer (`gossamer.layers`) are hidden matrices too; the values of its sparse part go to
+    `method` if that trains vectors, else to `fallback`.
 
     Args:
         model: a module, or parameters, or (name, parameter) pairs. Parameters with `requires_grad=False` are left out.
         method: for the hidden matrices. One whose smaller side is no larger than `method.rank` goes to `fallback`.
         fallback: for the rest; `AdamW()` if None.
-        fallback_lr: learning rate of what `fallback` trains; the optimizer's own if None. Embeddings want a larger one
-            than hidden matrices do, and methods differ in what they want for those.
+        fallback_lr: learning rate of what is not hidden (embeddings, output head, norms) and `fallback` trains; the
+            optimizer's own if None. Embeddings want a larger one than hidden matrices do, and methods differ in what
+            they want for those.
         rules: `(regex, method)` pairs, searched in parameter names; the first match decides the method, and
             only a rank that reaches the smaller side still sends a matrix to `fallback`.
 
@@ -65,7 +72,7 @@ def param_groups(
         if not param.requires_grad:
             continue
         chosen, why = _choose(name, param, kind, method, fallback, rules, unmatched)
-        own_lr = fallback_lr is not None and chosen is fallback
+        own_lr = fallback_lr is not None and chosen is fallback and kind not in HIDDEN
         group = groups.setdefault(
             (chosen, own_lr),
             {"params": [], "param_names": [], "why": [], "method": chosen, **({"lr": fallback_lr} if own_lr else {})},
@@ -102,11 +109,11 @@ def _choose(
             method, why = ruled, f"rule {pattern!r}"
             break
     else:
-        if kind != "hidden matrix":
+        if kind not in HIDDEN or refusal(method, param.shape) is not None:
             return fallback, kind
     rank = getattr(method, "rank", None)
     if rank is not None and len(param.shape) == 2 and rank >= min(param.shape):
-        return fallback, "rank >= min(m, n): dense"
+        return fallback, DENSE
     return method, why
 
 
@@ -115,22 +122,32 @@ def _kinds(model: nn.Module | Iterable[Tensor | tuple[str, Tensor]]) -> Iterator
     if not isinstance(model, nn.Module):
         for index, item in enumerate(model):
             name, param = item if isinstance(item, tuple) else (f"param.{index}", item)
-            yield name, param, "hidden matrix" if param.ndim == 2 else f"{param.ndim}-D"
+            yield name, param, HIDDEN_MATRIX if param.ndim == 2 else f"{param.ndim}-D"
         return
 
     get_head = getattr(model, "get_output_embeddings", None)
     head: Any = get_head() if callable(get_head) else None
     kinds: dict[int, str] = {}
     for path, module in model.named_modules():
+        for attribute, kind in getattr(module, "hidden_parameters", {}).items():
+            kinds[id(getattr(module, attribute))] = kind
         weight = getattr(module, "weight", None)
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             kinds[id(weight)] = "embedding"
         elif (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and id(weight) not in kinds:
             is_head = head is None and _HEAD_NAMES.match(path.rpartition(".")[2])
-            kinds[id(weight)] = "output head" if is_head else "hidden matrix"
+            kinds[id(weight)] = "output head" if is_head else HIDDEN_MATRIX
     if head is not None and kinds.get(id(head.weight)) != "embedding":
         kinds[id(head.weight)] = "output head"
     for name, param in model.named_parameters():
         other = f"{param.ndim}-D" if param.ndim != 2 else "not the weight of a linear layer"
         kind = kinds.get(id(param), other)
-        yield name, param, kind if param.ndim == 2 or kind == "embedding" else other
+        yield name, param, kind if param.ndim == 2 or kind in ("embedding", SPARSE_VALUES) else other
+
+
+def hidden_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Every `nn.Linear` whose weight is a hidden matrix, with its name."""
+    hidden = {id(param) for _, param, kind in _kinds(model) if kind == HIDDEN_MATRIX}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and id(module.weight) in hidden:  # a subclass may be quantized
+            yield name, module

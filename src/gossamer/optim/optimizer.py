@@ -81,7 +81,9 @@ class Reset(NamedTuple):
     parameters: int
     tensors: int
     norm: float
-    """Of all those tensors together, before; it is zero after."""
+    """Of all those tensors together, before."""
+    norm_after: float
+    """The same, after: measured, and zero."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -240,15 +242,15 @@ class Optimizer(torch.optim.Optimizer):
             for key, tensor in self.state.get(params[name], {}).items()
             if key not in COUNTERS and moment_of(key) in moments
         ]
-        norms = [tensor.double().norm() for _, _, tensor in touched]
+        before = _norm(tensor for _, _, tensor in touched)
         for name in names:
             for moment in moments:
                 if params[name] in self.state:
                     self.state[params[name]][f"{moment}_step"].zero_()
         for _, _, tensor in touched:
             tensor.zero_()
-        norm = float(torch.stack(norms).norm()) if norms else 0.0
-        return Reset(len({name for name, _, _ in touched}), len(touched), norm)
+        after = _norm(tensor for _, _, tensor in touched)
+        return Reset(len({name for name, _, _ in touched}), len(touched), before, after)
 
     def plan(self) -> Plan:
         """Which method trains each parameter, at which rank, with how much state, and why. Allocates nothing."""
@@ -319,6 +321,11 @@ class Optimizer(torch.optim.Optimizer):
 
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    norms = [tensor.double().norm() for tensor in tensors]
+    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 def _check_shapes(label: str, saved: State, fresh: State) -> None:

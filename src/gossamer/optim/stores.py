@@ -1,7 +1,7 @@
-"""How a moment is kept between two steps: dense, in 8-bit codes, or as the product of two thin factors.
+"""How a moment is kept between two steps: dense, in bf16, in 8-bit codes, or as the product of two thin factors.
 
-A method that leaves the choice between dense and 8 bits to a field `state_bits` reads a moment, advances what it got in
-place, and writes it back; with 32 bits it got the stored tensor itself, and nothing is copied:
+A method that leaves the choice between dense, bf16 and 8 bits to a field `state_bits` reads a moment, advances what it
+got in place, and writes it back; with 32 bits it got the stored tensor itself, and nothing is copied:
 
     def init(self, param):
         return stores.moments(param, "m", "v", bits=self.state_bits)
@@ -50,12 +50,14 @@ def factored(param: Tensor, rank: int, *names: str) -> State:
 
 def check_bits(method: str, bits: int) -> None:
     """The range check of a field `state_bits`."""
-    if bits not in (32, 8):
-        raise UserError(f"{method}: state_bits is {bits}; allowed: 32, 8")
+    if bits not in (32, 16, 8):
+        raise UserError(f"{method}: state_bits is {bits}; allowed: 32, 16, 8")
 
 
 def moments(param: Tensor, *names: str, bits: int, shape: tuple[int, ...] | None = None) -> State:
-    """Zero moments for `read` and `write_`: `{name}` if bits is 32; `{name}_codes` and `{name}_scale` if it is 8.
+    """Zero moments for `read` and `write_`.
+
+    `{name}` if bits is 32, `{name}_bf16` if it is 16, `{name}_codes` and `{name}_scale` if it is 8.
 
     Args:
         param: gives dtype and device.
@@ -64,6 +66,10 @@ def moments(param: Tensor, *names: str, bits: int, shape: tuple[int, ...] | None
     like = param if shape is None else param.new_empty(()).expand(shape)
     if bits == 32:
         return dense(like, *names)
+    if bits == 16:
+        if arithmetic_dtype(param) is not torch.float32:
+            raise UserError(f"state_bits: 16 is not enough for a {param.dtype} parameter; allowed: 32, 8")
+        return {f"{name}_bf16": torch.zeros_like(like, dtype=torch.bfloat16) for name in names}
     state = {}
     for name in names:
         state[f"{name}_codes"] = torch.zeros_like(like, dtype=torch.uint8, memory_format=torch.contiguous_format)
@@ -72,16 +78,21 @@ def moments(param: Tensor, *names: str, bits: int, shape: tuple[int, ...] | None
 
 
 def read(state: State, name: str) -> Tensor:
-    """The moment, to be advanced in place: the stored tensor itself, or what its codes stand for."""
+    """The moment, to be advanced in place: the stored tensor itself, or what its bf16 numbers or codes stand for."""
     if name in state:
         return state[name]
+    if f"{name}_bf16" in state:
+        return state[f"{name}_bf16"].float()
     codes, scale = state[f"{name}_codes"], state[f"{name}_scale"]
     values = codebook(_signed(name), scale.dtype, scale.device)[codes.view(-1).int()]
     return _blocks(values).mul_(scale[:, None]).view(-1)[: codes.numel()].view(codes.shape)
 
 
 def write_(state: State, **values: Tensor) -> None:
-    """Keep moments: nothing to do for what `read` took from the state itself; otherwise the nearest codes.
+    """Keep moments: nothing to do for what `read` took from the state itself; otherwise the nearest numbers or codes.
+
+    bf16 rounds to nearest, as the papers' code does that keeps everything in bf16: a second moment with beta2 above
+    about 0.998 then never decays, since 0.999 v rounds to v. It is there to show that.
 
     The scale of a block is its entry of largest magnitude, sign and all: that entry and zero are kept exactly, and the
     codes of -x are those of x. An entry of a second moment (`v...`) that is not zero does not become zero either, but
@@ -91,6 +102,9 @@ def write_(state: State, **values: Tensor) -> None:
         if name in state:
             if value is not state[name]:
                 state[name].copy_(value)
+            continue
+        if f"{name}_bf16" in state:
+            state[f"{name}_bf16"].copy_(value)
             continue
         book, blocks = codebook(_signed(name), value.dtype, value.device), _blocks(value)
         scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))

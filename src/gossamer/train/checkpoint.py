@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gossamer.errors import UserError, first_line
+from gossamer.layers import dense_state_dict, factored
 from gossamer.optim.diagnostics import Diagnostics
 
-MANIFEST = "manifest.json"
+MANIFEST, LAYERS = "manifest.json", "layers.safetensors"
 
 
 class Checkpoints:
     """The folder `<run>/checkpoints`: one folder a step, each published by a rename once all its bytes are on disk.
 
-    A checkpoint holds `model.safetensors` and `config.json` (which `transformers` loads), the tokenizer's files,
+    A checkpoint holds `model.safetensors` and `config.json` (which `transformers` loads), `layers.safetensors` if some
+    layers are low-rank (the weights as they are trained; `model.safetensors` is dense then), the tokenizer's files,
     `optimizer.pt` (tensors and plain data: loads with `weights_only=True`), `diagnostics.pt` likewise if there are any,
     `training.json` (step, configuration, schedule), the random states, and a manifest with the digest of every file.
     """
@@ -54,16 +57,22 @@ class Checkpoints:
         try:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-            safetensors.torch.save_model(model, str(draft / "model.safetensors"), metadata={"format": "pt"})
-            model.config.save_pretrained(draft)  # pyright: ignore
+            if any(factored(model)):  # `transformers` loads the dense model that it stands for
+                with _no_progress_bar():
+                    model.save_pretrained(draft, state_dict=dense_state_dict(model))  # pyright: ignore
+                safetensors.torch.save_model(model, str(draft / LAYERS))
+            else:
+                safetensors.torch.save_model(model, str(draft / "model.safetensors"), metadata={"format": "pt"})
+                model.config.save_pretrained(draft)  # pyright: ignore
             save_tokenizer(draft)
             torch.save(optimizer.state_dict(), draft / "optimizer.pt")
             if diagnostics is not None:
                 torch.save(diagnostics.state_dict(), draft / "diagnostics.pt")
             torch.save(_random_states(), draft / "random.pt")
             (draft / "training.json").write_text(json.dumps(training, indent=2))
-            # safetensors makes its file readable by the owner alone, others follow the umask
-            (draft / "model.safetensors").chmod((draft / "training.json").stat().st_mode)
+            # safetensors makes its files readable by the owner alone, others follow the umask
+            for path in draft.glob("*.safetensors"):
+                path.chmod((draft / "training.json").stat().st_mode)
             files = sorted(path for path in draft.rglob("*") if path.is_file())
             manifest = {str(path.relative_to(draft)): _digest(path) for path in files}
             (draft / MANIFEST).write_text(json.dumps(manifest, indent=2))
@@ -121,7 +130,8 @@ def restore(
     device: torch.device,
 ) -> None:
     """Put a checkpoint's weights, optimizer state, diagnostics and random states where they were."""
-    safetensors.torch.load_model(model, str(path / "model.safetensors"), device=str(device))
+    weights = path / LAYERS if (path / LAYERS).exists() else path / "model.safetensors"
+    safetensors.torch.load_model(model, str(weights), device=str(device))
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
     if diagnostics is not None and (path / "diagnostics.pt").exists():  # else they begin here
         diagnostics.load_state_dict(torch.load(path / "diagnostics.pt", weights_only=True, map_location="cpu"))
@@ -150,6 +160,19 @@ def _damage(path: Path) -> str | None:
         if _digest(path / name) != digest:
             return f"{name} does not have the digest it was written with"
     return None
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _digest(path: Path) -> str:

@@ -11,20 +11,32 @@ import tyro
 
 from gossamer.data import DataConfig
 from gossamer.errors import UserError
+from gossamer.layers import LORO, PARAMETRIZATIONS, Parametrization, ReLoRA
 from gossamer.optim.contract import Method, describe
+from gossamer.optim.methods.adamw import AdamW
+from gossamer.restarts import Restarts
+from gossamer.train.schedule import Cosine
 
 M = TypeVar("M", bound=Method)
+L = TypeVar("L", bound=Parametrization | None)
+R = TypeVar("R", bound=Restarts | None)
 
 MAY_CHANGE_ON_RESUME = {"out", "resume", "compile", "eval_every", "eval_tokens", "save_every", "keep_last", "trackers",
                         "diagnose", "diagnose_every"}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Pretrain(Generic[M]):
+class Pretrain(Generic[M, L, R]):
     """Pre-train a causal language model."""
 
     method: M
-    """How hidden matrices are trained; everything else is trained by AdamW."""
+    """How hidden matrices are trained."""
+    layers: L = None  # pyright: ignore[reportAssignmentType]
+    """What hidden linear layers are replaced by; None: nothing."""
+    layer_targets: tuple[str, ...] = ()
+    """Regular expressions of the linear layers to replace; none: every hidden one."""
+    restarts: R = None  # pyright: ignore[reportAssignmentType]
+    """Weight refactorization and momentum reset; None: never."""
     model: str = "9m"
     """A size (tiny, 9m .. 13b), or a Hugging Face config.json or a folder with one."""
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
@@ -40,8 +52,10 @@ class Pretrain(Generic[M]):
     """Rows of one forward pass in one process; None: all of its rows at once."""
     lr: float = 1e-3
     """Peak learning rate."""
+    fallback: AdamW = field(default_factory=AdamW)
+    """What trains everything else: embeddings, output head, norms, biases."""
     fallback_lr: float | None = None
-    """Peak learning rate of what AdamW trains beside the method (embeddings, output head, norms); None: the same."""
+    """Peak learning rate of everything else; None: the same."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     warmup: float = 0.1
@@ -94,10 +108,29 @@ class Pretrain(Generic[M]):
                 raise UserError(f"{name}: {getattr(self, name)} is not a part; allowed: 0 to 1")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise UserError(f"micro_batch_size: {self.micro_batch_size} is too small; allowed: an integer >= 1")
+        if self.layer_targets and self.layers is None:
+            raise UserError("layer_targets: there are no layers to replace them by; add --layers")
+        if isinstance(self.layers, ReLoRA | LORO) and (self.restarts is None or not self.restarts.refactorize):
+            raise UserError(
+                f"layers: {self.layers_name} lives by its restarts; add --restarts.every (and leave refactorize on)"
+            )
+
+    @property
+    def layers_name(self) -> str | None:
+        """As the command line calls them."""
+        return next((name for name, cls in PARAMETRIZATIONS.items() if cls is type(self.layers)), None)
+
+    def schedule(self) -> Cosine:
+        """The learning rate over the run."""
+        warmup, restarts = round(self.warmup * self.steps), self.restarts
+        if restarts is None or restarts.schedule == "none":
+            return Cosine(self.steps, warmup, self.min_lr_ratio)
+        return Cosine(self.steps, warmup, self.min_lr_ratio, restarts.every, restarts.recovery_steps)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the method's name."""
-        return {**asdict(self), "out": str(self.out), "method": describe(self.method)}
+        layers = None if self.layers is None else {"name": self.layers_name, **asdict(self.layers)}
+        return {**asdict(self), "out": str(self.out), "method": describe(self.method), "layers": layers}
 
 
 def check_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -105,8 +138,8 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:
     was, is_ = saved["method"]["name"], now["method"]["name"]
     if was != is_:
         raise UserError(f"resume: the checkpoint was made by method {was!r}, this run asks for {is_!r}")
-    for key, value in _flatten(now).items():
-        old = _flatten(saved).get(key, value)
+    for key, value in {**dict.fromkeys(_flatten(saved)), **_flatten(now)}.items():
+        old = _flatten(saved).get(key)
         if key.split(".")[0] not in MAY_CHANGE_ON_RESUME and old != value:
             raise UserError(f"resume: {key} was {old!r} in the checkpoint and is {value!r} now; use another --out")
 

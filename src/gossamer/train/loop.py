@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from gossamer.data import IGNORED, Corpus, open_corpus
+from gossamer.data import IGNORED, open_corpus
 from gossamer.distributed import World, start, stop
 from gossamer.errors import UserError
 from gossamer.evaluate import Score, evaluate, token_loss
 from gossamer.memory import predict
-from gossamer.models import build_model, resolve_config
 from gossamer.optim import Optimizer, param_groups
 from gossamer.optim.diagnostics import Diagnostics
+from gossamer.restarts import Restarter
 from gossamer.train import log as logs
+from gossamer.train.build import build
 from gossamer.train.checkpoint import Checkpoints, read_training, restore
 from gossamer.train.config import Pretrain, check_resumable
-from gossamer.train.schedule import Cosine
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Result:
     tokens_per_second: float
 
 
-def pretrain(config: Pretrain[Any], *, label: str | None = None, quiet: bool = False) -> Result:
+def pretrain(config: Pretrain[Any, Any, Any], *, label: str | None = None, quiet: bool = False) -> Result:
     """Train the model that `config` describes and evaluate it; log and checkpoints go to `config.out`.
 
     Under `torchrun` every process calls this. A run that was killed at any moment continues with `resume=True`; on a
@@ -55,15 +55,15 @@ def pretrain(config: Pretrain[Any], *, label: str | None = None, quiet: bool = F
 class Run:
     """Everything that a run holds; `train` is the loop."""
 
-    def __init__(self, config: Pretrain[Any], world: World, label: str, quiet: bool) -> None:
+    def __init__(self, config: Pretrain[Any, Any, Any], world: World, label: str, quiet: bool) -> None:
         self.config, self.world, self.label = config, world, label
         self.plain = config.to_json()
         torch.manual_seed(config.seed)  # for models with dropout; nothing of ours draws from the global state
         self.corpus = open_corpus(config.data, train_tokens=config.steps * config.batch_size * config.data.seq_len)
-        self.model = _model(config, self.corpus, world)
+        self.model, self.replaced = build(config, self.corpus.tokenizer.vocab_size, world.device)
         self.replica = world.parallel(torch.compile(self.model) if config.compile else self.model)  # pyright: ignore
         self.optimizer = Optimizer(
-            param_groups(self.model, config.method, fallback_lr=config.fallback_lr),
+            param_groups(self.model, config.method, fallback=config.fallback, fallback_lr=config.fallback_lr),
             lr=config.lr,
             weight_decay=config.weight_decay,
             rounding=config.rounding,
@@ -71,8 +71,9 @@ class Run:
         )
         watch = config.diagnose, config.diagnose_every
         self.diagnostics = Diagnostics(self.optimizer, *watch) if config.diagnose else None
-        schedule = Cosine(config.steps, round(config.warmup * config.steps), config.min_lr_ratio)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
+        restarts = config.restarts
+        self.restarter = Restarter(restarts, self.model, self.optimizer, seed=config.seed) if restarts else None
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.schedule())
         self.checkpoints = Checkpoints(config.out, config.keep_last)
         self.rows = world.share(config.batch_size)
         self.micro = config.micro_batch_size or self.rows.stop - self.rows.start
@@ -93,6 +94,8 @@ class Run:
                 self._say("train", loss=loss, lr=lr, grad_norm=norm, tokens=self.tokens, seconds=self.seconds)
                 if self.diagnostics is not None and self.diagnostics.records:
                     self._say("diagnostics", parameters=self.diagnostics.records)
+                if self.restarter is not None and self.done < config.steps:
+                    self._restart(self.restarter)
                 self.display.step(self.done, loss, self.tokens / self.seconds, logs.memory_in_use(self.world.device))
                 last = self.done == config.steps
                 if last or (config.eval_every and self.done % config.eval_every == 0):
@@ -123,6 +126,12 @@ class Run:
             restore(found, self.model, self.optimizer, self.diagnostics, self.world.device)
             self.scheduler.load_state_dict(training["scheduler"])
             self.done, self.seconds, self.tokens = training["step"], training["seconds"], training["tokens"]
+            if self.restarter is not None:
+                self.restarter.resume(self.done)
+        if self.replaced:
+            self.display.say(
+                f"{config.layers_name} in place of {len(self.replaced)} layers: {', '.join(self.replaced)}"
+            )
         self.display.say(f"validation: {self.corpus.valid_description}")
         if not self.world.is_main:
             return
@@ -133,12 +142,13 @@ class Run:
             return
         self._say(
             "start",
-            **logs.what_runs(predict(self.model, config.method)),
+            **logs.what_runs(predict(self.model, config.method, fallback=config.fallback)),
             label=self.label,
             method=self.plain["method"]["name"],
             config=self.plain,
             data=self.corpus.description,
             plan=[asdict(row) for row in self.optimizer.plan()],
+            replaced=self.replaced,
             diagnosed=self.diagnostics.watched() if self.diagnostics else [],
         )
 
@@ -168,6 +178,11 @@ class Run:
         self.done += 1
         self.tokens += count
         return loss, norm, lr
+
+    def _restart(self, restarter: Restarter) -> None:
+        if (event := restarter(self.done)) is not None:
+            self._say("restart", **event)
+            self.display.say(f"step {self.done}: restart: {', '.join(f'{k} {v}' for k, v in event.items())}")
 
     def _score(self) -> Score:
         return evaluate(
@@ -225,19 +240,6 @@ class Run:
         numbers = {f"{event}/{key}": float(v) for key, v in fields.items() if isinstance(v, (int, float))}
         for tracker in self.trackers:
             tracker(self.done, numbers)
-
-
-def _model(config: Pretrain[Any], corpus: Corpus, world: World) -> nn.Module:
-    shape = resolve_config(config.model)
-    vocabulary, longest = shape.get_text_config().vocab_size, getattr(shape, "max_position_embeddings", None)
-    if corpus.tokenizer.vocab_size > vocabulary:
-        raise UserError(
-            f"tokenizer: {config.data.tokenizer!r} has {corpus.tokenizer.vocab_size:,} tokens, but model "
-            f"{config.model!r} has room for {vocabulary:,}"
-        )
-    if longest is not None and config.data.seq_len > longest:
-        raise UserError(f"seq_len: {config.data.seq_len} is longer than model {config.model!r} allows: {longest}")
-    return build_model(shape, dtype=getattr(torch, config.dtype), device=world.device, seed=config.seed).train()
 
 
 def _numbers(score: Score) -> dict[str, float]:

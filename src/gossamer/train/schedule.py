@@ -17,9 +17,21 @@ class Cosine:
     steps: int
     warmup: int
     floor: float
+    every: int = 0
+    """Updates between restarts; 0: none."""
+    recovery: int = 1
+    """Updates in which the rate rises again after a restart, linearly, and is back on the curve with the last of them
+    (arXiv 2505.22922, whose code also spends the update before the restart at a thousandth of the rate)."""
 
     def __call__(self, step: int) -> float:
         """The multiplier of update `step`, counted from 0."""
+        since = step % self.every if self.every and step >= self.every else self.recovery
+        if since < self.recovery:
+            return self.curve(step - since + self.recovery - 1) * (since + 1) / self.recovery
+        return self.curve(step)
+
+    def curve(self, step: int) -> float:
+        """The multiplier without restarts."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         progress = min(1.0, (step + 1 - self.warmup) / max(1, self.steps - self.warmup))

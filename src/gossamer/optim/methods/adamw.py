@@ -35,7 +35,7 @@ class AdamW:
     """Decay of the first and of the second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
-    state_bits: Literal[32, 8] = 32
+    state_bits: Literal[32, 16, 8] = 32
     """Of each moment: fp32, or 8-bit codes with one scale for 256 neighbours (`adamw-8bit`)."""
 
     def __post_init__(self) -> None:
@@ -85,4 +85,4 @@ class AdamW8bit(AdamW):
       the paper asks for a normalised layer and 32 bits, are trained by the fallback unless you give them to this.
     """
 
-    state_bits: Literal[32, 8] = 8
+    state_bits: Literal[32, 16, 8] = 8

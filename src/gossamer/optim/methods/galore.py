@@ -53,7 +53,7 @@ class GaLore:
     """An SVD of the gradient, or one subspace iteration from the old projector."""
     staggered: bool = False
     """Refresh parameters in turn over the gap instead of all in one step."""
-    state_bits: Literal[32, 8] = 32
+    state_bits: Literal[32, 16, 8] = 32
     """Of each moment: fp32, or 8-bit codes with one scale for 256 neighbours (the paper's 8-bit GaLore)."""
 
     def __post_init__(self) -> None:
@@ -97,4 +97,4 @@ class GaLore8bit(GaLore):
     The algorithm, paper and deviations are `GaLore`'s; the codes and their deviations `AdamW8bit`'s.
     """
 
-    state_bits: Literal[32, 8] = 8
+    state_bits: Literal[32, 16, 8] = 8

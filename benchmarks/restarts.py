@@ -1,0 +1,107 @@
+"""Low-rank and SLTrain weights with and without refactorization and momentum reset, states in fp32 and in bf16.
+
+Does momentum reset still help when the second moment is kept in fp32? In pure bf16 it cannot decay (0.999 v rounds to
+v), so that any reset un-sticks it.
+
+    python benchmarks/restarts.py                      # all runs that `results/restarts_tiny/rows.jsonl` lacks
+    python benchmarks/restarts.py --part 0 --parts 2   # half of them; the other half elsewhere at the same time
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from gossamer import AdamW, Restarts
+from gossamer.data import DataConfig
+from gossamer.layers import LowRank, Parametrization, SLTrain
+from gossamer.train import Pretrain, jsonl, pretrain
+
+LAYERS: dict[str, Parametrization] = {"low-rank": LowRank(rank=32), "sltrain": SLTrain(rank=32)}
+BASE = Restarts(every=50, recovery_steps=5, scope="all")
+ARMS: dict[str, Restarts | None] = {
+    "plain": None,
+    "refactorize": replace(BASE, reset=None),
+    "reset": replace(BASE, refactorize=False),
+    "both": BASE,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train what is missing."""
+
+    out: Path = Path("results/restarts_tiny")
+    """Folder of `rows.jsonl`."""
+    runs: Path = Path("runs/restarts_tiny")
+    """Folder of logs; deleted as runs finish."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    """Of factors and sparse values."""
+    state_bits: tuple[int, ...] = (32, 16)
+    """Of both moments of every parameter."""
+    steps: int = 400
+    part: int = 0
+    """Which of `parts` shares of the runs."""
+    parts: int = 1
+
+
+def configurations(options: Options) -> Iterator[tuple[dict[str, Any], Pretrain[Any, Any, Any]]]:
+    """What identifies a run, and the run; whole seeds first, so that an unfinished experiment is a smaller one."""
+    grid = itertools.product(options.seeds, LAYERS, ARMS, options.state_bits, options.lrs)
+    for seed, layers, arm, bits, lr in grid:
+        key = {"layers": layers, "arm": arm, "state_bits": bits, "lr": lr, "seed": seed, "steps": options.steps}
+        method = AdamW(state_bits=bits)  # pyright: ignore
+        yield (
+            key,
+            Pretrain(
+                method=method,
+                fallback=method,
+                layers=LAYERS[layers],
+                restarts=ARMS[arm],
+                model="tiny",
+                data=DataConfig(seq_len=128),
+                out=options.runs / "-".join(map(str, key.values())),
+                steps=options.steps,
+                batch_size=8,
+                lr=lr,
+                fallback_lr=4e-3,
+                seed=seed,
+            ),
+        )
+
+
+def main(options: Options) -> None:
+    rows = options.out / "rows.jsonl"
+    options.out.mkdir(parents=True, exist_ok=True)
+    done = [row for _, row in jsonl.read(rows)] if rows.exists() else []
+    for index, (key, config) in enumerate(configurations(options)):
+        if index % options.parts != options.part or any(key.items() <= row.items() for row in done):
+            continue
+        shutil.rmtree(config.out, ignore_errors=True)
+        result = pretrain(config, quiet=True)
+        _, start = next(jsonl.read(config.out / "log.jsonl"))
+        restarts = [event for _, event in jsonl.read(config.out / "log.jsonl") if event["event"] == "restart"]
+        row = {
+            **key,
+            "perplexity": result.score.perplexity,
+            "restarts": len(restarts),
+            "change": max((event["change"] or 0.0 for event in restarts), default=0.0),
+            "seconds": result.seconds,
+            **{name: start[name] for name in ("config", "versions", "hardware", "commit", "time")},
+        }
+        with rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        shutil.rmtree(config.out)
+        print(*key.values(), f"{result.score.perplexity:.2f}", f"{result.seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

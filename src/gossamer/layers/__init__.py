@@ -1,0 +1,41 @@
+"""Linear layers whose weight is low-rank, low-rank plus sparse, or low-rank beside a frozen matrix."""
+
+from gossamer.layers.apply import apply, dense_state_dict, factored, merge_all
+from gossamer.layers.contract import FactoredLinear, Parametrization, Restart, merge, refactorize, weight
+from gossamer.layers.lora import LoRA, LoRALinear, ReLoRA, ReLoRALinear
+from gossamer.layers.loro import LORO, LOROLinear
+from gossamer.layers.low_rank import LowRank, LowRankLinear
+from gossamer.layers.sltrain import SLTrain, SLTrainLinear
+
+PARAMETRIZATIONS: dict[str, type[Parametrization]] = {
+    "low-rank": LowRank,
+    "sltrain": SLTrain,
+    "lora": LoRA,
+    "relora": ReLoRA,
+    "loro": LORO,
+}
+"""By the name that the command line knows."""
+
+__all__ = [
+    "LORO",
+    "PARAMETRIZATIONS",
+    "FactoredLinear",
+    "LOROLinear",
+    "LoRA",
+    "LoRALinear",
+    "LowRank",
+    "LowRankLinear",
+    "Parametrization",
+    "ReLoRA",
+    "ReLoRALinear",
+    "Restart",
+    "SLTrain",
+    "SLTrainLinear",
+    "apply",
+    "dense_state_dict",
+    "factored",
+    "merge",
+    "merge_all",
+    "refactorize",
+    "weight",
+]

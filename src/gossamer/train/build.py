@@ -1,0 +1,37 @@
+"""The model that a run trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gossamer import layers
+from gossamer.errors import UserError
+from gossamer.models import build_model, resolve_config
+from gossamer.train.config import Pretrain
+
+
+def build(config: Pretrain[Any, Any, Any], vocabulary: int, device: torch.device) -> tuple[nn.Module, list[str]]:
+    """The model, in training mode, and the names of the layers that `config.layers` replaced.
+
+    Args:
+        vocabulary: of the tokenizer.
+
+    Raises:
+        UserError: a vocabulary or rows too large for the model, a rank too large for a layer.
+    """
+    shape = resolve_config(config.model)
+    room, longest = shape.get_text_config().vocab_size, getattr(shape, "max_position_embeddings", None)
+    if vocabulary > room:
+        raise UserError(
+            f"tokenizer: {config.data.tokenizer!r} has {vocabulary:,} tokens, but model {config.model!r} has room for "
+            f"{room:,}"
+        )
+    if longest is not None and config.data.seq_len > longest:
+        raise UserError(f"seq_len: {config.data.seq_len} is longer than model {config.model!r} allows: {longest}")
+    model = build_model(shape, dtype=getattr(torch, config.dtype), device=device, seed=config.seed).train()
+    if config.layers is None:
+        return model, []
+    return model, layers.apply(model, config.layers, config.layer_targets, seed=config.seed)
