@@ -43,7 +43,7 @@ class Options:
     runs: Path = Path("runs/restarts_tiny")
     """Folder of logs; deleted as runs finish."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    lrs: tuple[float, ...] = (3e-4, 6e-4, 1.2e-3)
     """Of factors and sparse values."""
     state_bits: tuple[int, ...] = (32, 16)
     """Of both moments of every parameter."""
