@@ -3,7 +3,8 @@
 Does momentum reset still help when the second moment is kept in fp32? In pure bf16 it cannot decay (0.999 v rounds to
 v), so that any reset un-sticks it.
 
-    python benchmarks/restarts.py                      # all runs that `results/restarts_tiny/rows.jsonl` lacks
+    python benchmarks/restarts.py                      # all runs that `results/restarts_tiny/rows.jsonl` lacks,
+                                                       # then table.md and perplexity.svg beside it
     python benchmarks/restarts.py --part 0 --parts 2   # half of them; the other half elsewhere at the same time
 """
 
@@ -15,8 +16,10 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
+import plotly.graph_objects as go
 import tyro
 
 from gossamer import AdamW, Restarts
@@ -101,6 +104,48 @@ def main(options: Options) -> None:
             file.write(json.dumps(row) + "\n")
         shutil.rmtree(config.out)
         print(*key.values(), f"{result.score.perplexity:.2f}", f"{result.seconds:.0f} s", flush=True)
+    summarise([row for _, row in jsonl.read(rows)], options.out)
+
+
+def summarise(rows: list[dict[str, Any]], out: Path) -> None:
+    """Every arm at its best rate (lowest mean over seeds), and its difference from plain, paired by seed."""
+    by: dict[tuple[str, int, str], dict[float, dict[int, float]]] = {}
+    for row in rows:
+        rates = by.setdefault((row["layers"], row["state_bits"], row["arm"]), {})
+        rates.setdefault(row["lr"], {})[row["seed"]] = row["perplexity"]
+    best = {case: min(rates.items(), key=lambda rate: fmean(rate[1].values())) for case, rates in by.items()}
+    lines = [
+        "| weights | states | restarts | best rate (tried) | perplexity, mean ± sd | minus plain, ± standard error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (layers, bits, arm), (lr, seeds) in best.items():
+        plain = best[layers, bits, "plain"][1]
+        gaps = [value - plain[seed] for seed, value in seeds.items() if seed in plain]
+        gap = "" if arm == "plain" else f"{fmean(gaps):+.2f} ± {_sd(gaps) / len(gaps) ** 0.5:.2f}"
+        tried = ", ".join(f"{rate:g}" for rate in sorted(by[layers, bits, arm]))
+        values = list(seeds.values())
+        lines.append(
+            f"| {layers} | {'fp32' if bits == 32 else 'bf16'} | {arm} | {lr:g} ({tried}) "
+            f"| {fmean(values):.2f} ± {_sd(values):.2f} ({len(values)}) | {gap} |"
+        )
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    figure = go.Figure()
+    for layers, bits in itertools.product(LAYERS, (32, 16)):
+        arms = [arm for arm in ARMS if (layers, bits, arm) in best]
+        values = [list(best[layers, bits, arm][1].values()) for arm in arms]
+        figure.add_scatter(
+            name=f"{layers}, {'fp32' if bits == 32 else 'bf16'} states",
+            x=arms,
+            y=[fmean(value) for value in values],
+            error_y={"type": "data", "array": [_sd(value) for value in values]},
+            line={"dash": "solid" if bits == 32 else "dot", "color": "#0072b2" if layers == "low-rank" else "#d55e00"},
+        )
+    figure.update_layout(template="plotly_white", width=800, height=450, yaxis_title="validation perplexity, ± sd")
+    figure.write_image(out / "perplexity.svg")
+
+
+def _sd(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import gossamer
 from gossamer.bench import Bench, bench, summary_table, write_report
 from gossamer.errors import UserError, nearest
-from gossamer.layers import PARAMETRIZATIONS, Parametrization
-from gossamer.memory import predict
+from gossamer.evaluate import token_loss
+from gossamer.layers import PARAMETRIZATIONS, Parametrization, name_of
+from gossamer.memory import Size, activations, candidates, longest_row, meta_model, parse_size, predict
 from gossamer.optim.contract import Method, entry_of, find, methods
 from gossamer.optim.optimizer import num_bytes
 from gossamer.restarts import Restarts
@@ -45,6 +47,14 @@ class MemoryOptions(Generic[M, L]):
     """A size (tiny, 9m .. 13b), or a Hugging Face config.json or a folder with one."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and gradients. Optimizer state is fp32 either way."""
+    batch_size: int = 1
+    """Rows of one forward pass, for activations."""
+    seq_len: int | None = None
+    """Tokens of a row; None: 256, or as many as the model allows if that is fewer."""
+    checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    budget: str | None = None
+    """An amount of memory such as 24GiB: list what fits, over all methods, parametrizations and ranks."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class MethodsOptions:
-    """List every method: state, defaults, paper."""
+    """List every method and every layer: state, defaults, paper."""
 
 
 def run_pretrain(argv: list[str]) -> None:
@@ -81,8 +91,19 @@ def run_report(argv: list[str]) -> None:
 def run_memory(argv: list[str]) -> None:
     options = _parse_with_parts(MemoryOptions, "memory", argv)
     dtype = getattr(torch, options.dtype)
+    if options.budget is not None:
+        if tried := [word for word in argv if word.startswith(("--method", "--layers"))]:
+            raise UserError(f"budget: tries every method and parametrization; leave out {tried[0]}")
+        _print_what_fits(options, parse_size(options.budget, "budget"), dtype)
+        return
     name = entry_of(options.method).name
-    mine, dense = (predict(options.model, m, dtype=dtype) for m in (options.method, gossamer.AdamW()))
+    if options.layers is not None:
+        name += f" on {name_of(options.layers)}"
+    plain = meta_model(options.model, None, dtype)
+    model = meta_model(options.model, options.layers, dtype)
+    seq_len = _seq_len(options, plain)
+    kept = activations(model, options.batch_size, seq_len, options.checkpointing, loss=token_loss)
+    mine, dense = predict(model, options.method), predict(plain, gossamer.AdamW())
     table = Table(title=f"{options.model}, {mine.parameters:,} parameters, {options.dtype}; bytes")
     for column, justify in (
         ("group", "left"),
@@ -108,6 +129,34 @@ def run_memory(argv: list[str]) -> None:
         f"{totals[1] / 2**30:.2f} GiB with adamw; "
         f"state of hidden matrices {mine.hidden_state / max(dense.hidden_state, 1):.1%} of adamw's"
     )
+    print(f"activations of {_batch(options, seq_len)}: {kept / 2**30:.2f} GiB")
+
+
+def _print_what_fits(options: MemoryOptions[Any, Any], budget: Size, dtype: torch.dtype) -> None:
+    seq_len = _seq_len(options, meta_model(options.model, None, dtype))
+    found = candidates(options.model, options.batch_size, seq_len, options.checkpointing, loss=token_loss, dtype=dtype)
+    table = Table(title=f"{options.model}, {options.dtype}, {_batch(options, seq_len)}; {budget.unit}")
+    for column in ("method", "layers", "rank", "weights", "gradients", "state", "activations", "total", "fits"):
+        table.add_column(column, justify="left" if column in ("method", "layers") else "right", no_wrap=True)
+    for it in found:
+        sizes = (it.weights, it.gradients, it.state, it.activations, it.total)
+        rank, fits = "-" if it.rank is None else str(it.rank), "yes" if it.total <= budget.bytes else "no"
+        table.add_row(it.method, it.layers, rank, *map(budget.show, sizes), fits)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    fitting = [it for it in found if it.total <= budget.bytes]
+    ends = {"smallest": found[0], "largest that fits": fitting[-1]} if fitting else {"smallest": found[0]}
+    print(
+        f"{len(fitting)} of {len(found)} fit {budget}; "
+        + "; ".join(f"{what}: {it}, {budget.show(it.total)} {budget.unit}" for what, it in ends.items())
+    )
+
+
+def _seq_len(options: MemoryOptions[Any, Any], model: nn.Module) -> int:
+    return options.seq_len if options.seq_len is not None else min(256, longest_row(model) or 256)
+
+
+def _batch(options: MemoryOptions[Any, Any], seq_len: int) -> str:
+    return f"{options.batch_size} x {seq_len} tokens{' with checkpointing' if options.checkpointing else ''}"
 
 
 def run_methods(argv: list[str]) -> None:
@@ -123,7 +172,15 @@ def run_methods(argv: list[str]) -> None:
         defaults = ", ".join(f"{field}={getattr(method, field)!r}" for field in method.__dataclass_fields__)
         size = num_bytes(method.init(matrix).values())
         table.add_row(entry.name, f"{size / 2**20:.1f} MiB\n{size / dense:.2%}", defaults, entry.summary, entry.paper)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    table = Table(title="--layers: what hidden linear layers can be replaced by")
+    for column in ("layers", "defaults", "what it is"):
+        table.add_column(column, no_wrap=column == "layers")
+    for name, cls in PARAMETRIZATIONS.items():
+        defaults = ", ".join(f"{field}={value!r}" for field, value in vars(cls()).items())
+        table.add_row(name, defaults, (cls.__doc__ or "").splitlines()[0])
+    console.print(table)
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
@@ -131,7 +188,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "bench": (run_bench, "train every method on the same data and compare them"),
     "report": (run_report, "make the page of runs that are there"),
     "memory": (run_memory, "predict what training takes"),
-    "methods": (run_methods, "list every optimizer"),
+    "methods": (run_methods, "list every optimizer and every low-rank layer"),
 }
 
 

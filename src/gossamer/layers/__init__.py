@@ -16,6 +16,12 @@ PARAMETRIZATIONS: dict[str, type[Parametrization]] = {
 }
 """By the name that the command line knows."""
 
+
+def name_of(parametrization: Parametrization) -> str:
+    """The parametrization's name in `PARAMETRIZATIONS`."""
+    return next(name for name, cls in PARAMETRIZATIONS.items() if cls is type(parametrization))
+
+
 __all__ = [
     "LORO",
     "PARAMETRIZATIONS",
@@ -36,6 +42,7 @@ __all__ = [
     "factored",
     "merge",
     "merge_all",
+    "name_of",
     "refactorize",
     "weight",
 ]

@@ -30,7 +30,7 @@ def apply(
         UserError: a target that matches no hidden linear layer, a model without any, a layer too small for the rank.
     """
     patterns = [targets] if isinstance(targets, str) else list(targets)
-    linears = dict(hidden_linears(model))
+    linears = {name: linear for name, linear in hidden_linears(model) if name}  # no name: the model itself
     if not linears:
         raise UserError(f"layers: {type(model).__name__} has no hidden nn.Linear to replace")
     for pattern in patterns:
@@ -68,7 +68,8 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     model.save_pretrained(folder, state_dict=layers.dense_state_dict(model))
     """
     state = dict(model.state_dict())
-    for name, module in factored(model):
+    everywhere = model.named_modules(remove_duplicate=False)  # a layer in two places has two names
+    for name, module in [(n, m) for n, m in everywhere if isinstance(m, FactoredLinear)]:
         for key in module.state_dict():
             if key != "bias":
                 del state[f"{name}.{key}"]

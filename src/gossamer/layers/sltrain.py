@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gossamer.distributed import whole
 from gossamer.errors import UserError
 from gossamer.layers.contract import FactoredLinear, check, kaiming_, spectral_, uniform_
 from gossamer.optim.groups import HIDDEN_MATRIX, SPARSE_VALUES
@@ -44,11 +45,14 @@ class SLTrainLinear(FactoredLinear):
             chosen = torch.randperm(entries, dtype=torch.int32, generator=generator)[:count]
             indices = chosen.sort().values.to(linear.weight.device)
         self.register_buffer("indices", indices)
-        self._tiles: list[Tile] | None = None
+        # indices on the meta device cannot be read; one tile is right for any, if larger
+        whole = [(slice(0, self.out_features), slice(0, count), 0)]
+        self._tiles: list[Tile] | None = whole if linear.weight.is_meta else None
 
     def rest(self) -> Tensor:
-        flat = self.values.new_zeros(self.out_features * self.in_features)
-        return flat.index_add_(0, self.indices, self.values.detach()).view(self.out_features, self.in_features)
+        values = whole(self.values.detach())
+        flat = values.new_zeros(self.out_features * self.in_features)
+        return flat.index_add_(0, self.indices, values).view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         b, a, values = self.B, self.A, self.values
@@ -59,7 +63,7 @@ class SLTrainLinear(FactoredLinear):
             x.reshape(-1, self.in_features), b, a, values, self.indices, self.scale, self.tiles()
         )
         y = y.view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def tiles(self) -> list[Tile]:
         """Consecutive rows of about `TILE` entries. Read from the device once, and again when indices were loaded."""
@@ -94,7 +98,7 @@ class _Product(torch.autograd.Function):
         ctx.scale, ctx.tiles = scale, tiles
         y = x.new_empty(x.shape[0], b.shape[0])
         for rows, _, w in _weights(b, a, values, indices, scale, tiles):
-            torch.mm(x, w.mT, out=y) if len(tiles) == 1 else y[:, rows].copy_(x @ w.mT)
+            torch.mm(x, w.mT, out=y[:, rows])
         return y
 
     @staticmethod
@@ -110,7 +114,9 @@ class _Product(torch.autograd.Function):
         tiles = zip(ctx.tiles, _weights(b, a, values, indices, scale, ctx.tiles), strict=True)
         for (_, _, first), (rows, entries, w) in tiles:
             part = dy[:, rows]
-            if dx is not None:
+            if dx is not None and wide is x.dtype:
+                dx.addmm_(part, w)  # in place: no second tensor as large as x
+            elif dx is not None:
                 dx += part @ w
             dw = torch.mm(part.mT, x, out=w)
             db[rows] = (dw @ a.mT).mul_(scale)

@@ -1,5 +1,20 @@
-"""What training takes: predicted on the meta device, in bytes."""
+"""What training takes, in bytes, found out without taking it: weights, gradients, optimizer state, activations."""
 
-from gossamer.memory.predict import Line, Memory, predict
+from gossamer.memory.activations import activations, longest_row
+from gossamer.memory.budget import Candidate, Size, candidates, parse_size
+from gossamer.memory.predict import BUFFERS, FROZEN, Line, Memory, meta_model, predict
 
-__all__ = ["Line", "Memory", "predict"]
+__all__ = [
+    "BUFFERS",
+    "FROZEN",
+    "Candidate",
+    "Line",
+    "Memory",
+    "Size",
+    "activations",
+    "candidates",
+    "longest_row",
+    "meta_model",
+    "parse_size",
+    "predict",
+]

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from gossamer.errors import UserError
+from gossamer.layers import Parametrization, apply
 from gossamer.models import build_model, resolve_config
 from gossamer.optim.contract import Method, entry_of
-from gossamer.optim.groups import Rules, param_groups
+from gossamer.optim.groups import HIDDEN, Rules, param_groups
 from gossamer.optim.optimizer import COUNTERS, init_state, num_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+FROZEN, BUFFERS = "frozen", "buffers"
+"""The groups of what is kept without being trained."""
+
 
 @dataclass(frozen=True)
 class Line:
-    """One group of parameters; everything in bytes."""
+    """One group of parameters, or the model's buffers; everything in bytes."""
 
     group: str
     method: str
@@ -44,6 +50,7 @@ class Memory:
 
     @property
     def weights(self) -> int:
+        """Everything of the model that a checkpoint holds: parameters, frozen ones too, and persistent buffers."""
         return sum(line.weights for line in self.lines)
 
     @property
@@ -57,11 +64,8 @@ class Memory:
 
     @property
     def hidden_state(self) -> int:
-        """The state of hidden matrices alone, without counters: what a low-rank method compresses."""
+        """The state of hidden layers alone, without counters: what a low-rank method compresses."""
         return sum(line.state for line in self.lines if line.group in HIDDEN)
-
-
-HIDDEN = ("hidden matrix", "rank >= min(m, n): dense")
 
 
 def predict(
@@ -70,36 +74,66 @@ def predict(
     *,
     fallback: Method | None = None,
     rules: Rules = (),
+    layers: Parametrization | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Memory:
     """Bytes of weights, gradients and optimizer state, by group of parameters.
 
+    Frozen parameters and persistent buffers (the indices of sparse layers; not rotary frequencies, which are made anew)
+    are lines of their own, without gradients and state.
+
     Args:
-        model: a module, whose own dtypes count; or a `transformers` configuration, a size such as "1b", or a path of a
-            configuration, built on the meta device in `dtype`.
+        model: a module, which is counted as it is; or a `transformers` configuration, a size such as "1b", or a path of
+            a configuration, built on the meta device in `dtype`.
         method, fallback, rules: as for `gossamer.param_groups`.
+        layers: what replaces hidden linear layers, as for `gossamer.layers.apply`, unless `model` is a module.
         dtype: of weights and gradients, unless `model` is a module.
     """
-    if isinstance(model, str):
-        model = resolve_config(model)
-    if not isinstance(model, nn.Module):
-        model = build_model(model, dtype=dtype, device="meta", seed=0)
+    model = meta_model(model, layers, dtype)
     groups: dict[tuple[str, str], list[tuple[Method, Tensor]]] = {}
     for group in param_groups(model, method, fallback=fallback, rules=rules):
         name = entry_of(group["method"]).name
         for why, param in zip(group["why"], group["params"], strict=True):
-            groups.setdefault((why, name), []).append((group["method"], param.to("meta")))
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+            groups.setdefault((why, name), []).append((group["method"], param))
     lines = [_line(why, name, members) for (why, name), members in groups.items()]
-    if frozen:
-        lines.append(Line("frozen", "-", sum(p.numel() for p in frozen), num_bytes(frozen), 0, 0, 0))
+    if frozen := [p for p in model.parameters() if not p.requires_grad]:
+        lines.append(Line(FROZEN, "-", sum(p.numel() for p in frozen), num_bytes(frozen), 0, 0, 0))
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    saved = model.state_dict()
+    if buffers := [saved[name] for name, _ in model.named_buffers() if name in saved.keys() - parameters]:
+        lines.append(Line(BUFFERS, "-", 0, num_bytes(buffers), 0, 0, 0))
     return Memory(tuple(lines))
 
 
+def meta_model(
+    model: nn.Module | PretrainedConfig | str, layers: Parametrization | None, dtype: torch.dtype
+) -> nn.Module:
+    """The module itself, or what a configuration, a size or a path describes, built on the meta device.
+
+    Raises:
+        UserError: `layers` for a module: putting them into it is the caller's business.
+    """
+    if isinstance(model, nn.Module):
+        if layers is not None:
+            raise UserError("layers: a module is counted as it is; put layers into it by gossamer.layers.apply first")
+        return model
+    config = resolve_config(model) if isinstance(model, str) else model
+    built = build_model(config, dtype=dtype, device="meta", seed=0)
+    if layers is not None:
+        apply(built, layers)
+    return built
+
+
 def _line(why: str, name: str, members: list[tuple[Method, Tensor]]) -> Line:
-    params = [param for _, param in members]
-    states = [init_state(method, param) for method, param in members]
-    counters = num_bytes(state.pop(counter) for state in states for counter in COUNTERS)
-    weights = num_bytes(params)
-    state = sum(num_bytes(state.values()) for state in states)
-    return Line(why, name, sum(p.numel() for p in params), weights, weights, state, counters)
+    weights = num_bytes(param for _, param in members)
+    sizes = [_state_bytes(method, param.shape, param.dtype) for method, param in members]
+    state, counters = (sum(column) for column in zip(*sizes, strict=True))
+    return Line(why, name, sum(param.numel() for _, param in members), weights, weights, state, counters)
+
+
+@cache  # layers repeat, and so do the methods of a search
+def _state_bytes(method: Method, shape: torch.Size, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the method's tensors and of the driver's counters for one parameter."""
+    state = init_state(method, torch.empty(shape, dtype=dtype, device="meta"))
+    counters = num_bytes(state.pop(counter) for counter in COUNTERS)
+    return num_bytes(state.values()), counters

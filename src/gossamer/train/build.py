@@ -32,6 +32,8 @@ def build(config: Pretrain[Any, Any, Any], vocabulary: int, device: torch.device
     if longest is not None and config.data.seq_len > longest:
         raise UserError(f"seq_len: {config.data.seq_len} is longer than model {config.model!r} allows: {longest}")
     model = build_model(shape, dtype=getattr(torch, config.dtype), device=device, seed=config.seed).train()
+    if config.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.layers is None:
         return model, []
     return model, layers.apply(model, config.layers, config.layer_targets, seed=config.seed)

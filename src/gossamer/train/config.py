@@ -11,7 +11,7 @@ import tyro
 
 from gossamer.data import DataConfig
 from gossamer.errors import UserError
-from gossamer.layers import LORO, PARAMETRIZATIONS, Parametrization, ReLoRA
+from gossamer.layers import LORO, Parametrization, ReLoRA, name_of
 from gossamer.optim.contract import Method, describe
 from gossamer.optim.methods.adamw import AdamW
 from gossamer.restarts import Restarts
@@ -21,8 +21,8 @@ M = TypeVar("M", bound=Method)
 L = TypeVar("L", bound=Parametrization | None)
 R = TypeVar("R", bound=Restarts | None)
 
-MAY_CHANGE_ON_RESUME = {"out", "resume", "compile", "eval_every", "eval_tokens", "save_every", "keep_last", "trackers",
-                        "diagnose", "diagnose_every"}  # fmt: skip
+MAY_CHANGE_ON_RESUME = {"out", "resume", "checkpointing", "compile", "eval_every", "eval_tokens", "save_every",
+                        "keep_last", "trackers", "diagnose", "diagnose_every"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Pretrain(Generic[M, L, R]):
     """How bf16 weights are written."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
     compile: bool = False
     """Run the model through torch.compile."""
     seed: int = 0
@@ -112,13 +114,8 @@ class Pretrain(Generic[M, L, R]):
             raise UserError("layer_targets: there are no layers to replace them by; add --layers")
         if isinstance(self.layers, ReLoRA | LORO) and (self.restarts is None or not self.restarts.refactorize):
             raise UserError(
-                f"layers: {self.layers_name} lives by its restarts; add --restarts.every (and leave refactorize on)"
+                f"layers: {name_of(self.layers)} lives by its restarts; add --restarts.every (and leave refactorize on)"
             )
-
-    @property
-    def layers_name(self) -> str | None:
-        """As the command line calls them."""
-        return next((name for name, cls in PARAMETRIZATIONS.items() if cls is type(self.layers)), None)
 
     def schedule(self) -> Cosine:
         """The learning rate over the run."""
@@ -129,7 +126,7 @@ class Pretrain(Generic[M, L, R]):
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the method's name."""
-        layers = None if self.layers is None else {"name": self.layers_name, **asdict(self.layers)}
+        layers = None if self.layers is None else {"name": name_of(self.layers), **asdict(self.layers)}
         return {**asdict(self), "out": str(self.out), "method": describe(self.method), "layers": layers}
 
 

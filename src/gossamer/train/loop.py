@@ -129,9 +129,7 @@ class Run:
             if self.restarter is not None:
                 self.restarter.resume(self.done)
         if self.replaced:
-            self.display.say(
-                f"{config.layers_name} in place of {len(self.replaced)} layers: {', '.join(self.replaced)}"
-            )
+            self.display.say(f"{self.plain['layers']['name']} in place of {len(self.replaced)} layers")
         self.display.say(f"validation: {self.corpus.valid_description}")
         if not self.world.is_main:
             return
