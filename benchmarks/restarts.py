@@ -28,6 +28,8 @@ from gossamer.layers import LowRank, Parametrization, SLTrain
 from gossamer.train import Pretrain, jsonl, pretrain
 
 LAYERS: dict[str, Parametrization] = {"low-rank": LowRank(rank=32), "sltrain": SLTrain(rank=32)}
+RATES = {"low-rank": (3e-4, 6e-4, 1.2e-3), "sltrain": (6e-4, 1.2e-3, 2.4e-3)}
+"""Learning rates of factors and sparse values, around the best of a probe; everything else has 4e-3."""
 BASE = Restarts(every=50, recovery_steps=5, scope="all")
 ARMS: dict[str, Restarts | None] = {
     "plain": None,
@@ -46,8 +48,6 @@ class Options:
     runs: Path = Path("runs/restarts_tiny")
     """Folder of logs; deleted as runs finish."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    lrs: tuple[float, ...] = (3e-4, 6e-4, 1.2e-3)
-    """Of factors and sparse values."""
     state_bits: tuple[int, ...] = (32, 16)
     """Of both moments of every parameter."""
     steps: int = 400
@@ -58,8 +58,8 @@ class Options:
 
 def configurations(options: Options) -> Iterator[tuple[dict[str, Any], Pretrain[Any, Any, Any]]]:
     """What identifies a run, and the run; whole seeds first, so that an unfinished experiment is a smaller one."""
-    grid = itertools.product(options.seeds, LAYERS, ARMS, options.state_bits, options.lrs)
-    for seed, layers, arm, bits, lr in grid:
+    cases = itertools.product(options.seeds, LAYERS, ARMS, options.state_bits)
+    for seed, layers, arm, bits, lr in ((*case, lr) for case in cases for lr in RATES[case[1]]):
         key = {"layers": layers, "arm": arm, "state_bits": bits, "lr": lr, "seed": seed, "steps": options.steps}
         method = AdamW(state_bits=bits)  # pyright: ignore
         yield (

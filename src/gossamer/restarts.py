@@ -89,9 +89,8 @@ class Restarter:
         self.names = [name for name, _, _ in members]
         self.moments = RESETS[config.reset]
         keys = {key for _, param, group in members for key in group["method"].init(param.detach().to("meta"))}
-        for moment in self.moments:
-            if moment not in map(moment_of, keys):
-                raise UserError(f"restarts: reset is {config.reset!r}, but no parameter in scope keeps a {moment!r}")
+        if self.moments and not set(self.moments) & set(map(moment_of, keys)):
+            raise UserError(f"restarts: reset is {config.reset!r}, but no parameter in scope keeps such a moment")
         self.resume(0)
 
     def resume(self, step: int) -> None:

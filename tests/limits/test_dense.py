@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import pytest
@@ -326,3 +327,105 @@ def test_8_bit_adamw_trains() -> None:
             opt.step()
         losses[name] = loss.item()
     assert losses["adamw-8bit"] == pytest.approx(losses["adamw"], rel=0.1) and losses["adamw"] < 4
+
+
+# ---- 16 bits ---------------------------------------------------------------------------------------------------------
+
+BITS = [name for name, entry in gossamer.methods().items() if "state_bits" in entry.cls.__dataclass_fields__]
+
+
+@pytest.mark.parametrize("shape", [(40, 33), (33, 40), (24, 24), (7,)])
+def test_16_bit_adamw_rounds_its_moments_and_nothing_else(shape: tuple[int, ...]) -> None:
+    """Straight down: fp32 moments from the bf16 ones, the direction from those, and each rounded to nearest once."""
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+    method = build("adamw", state_bits=16)
+    state = method.init(torch.zeros(shape))
+    m, v = torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16)
+    for t, grad in enumerate((g.float() for g in noise(*shape, steps=12)), 1):
+        direction = step(method, state, grad, t)
+        m32 = m.float() + (1 - beta1) * (grad - m.float())
+        v32 = beta2 * v.float() + (1 - beta2) * grad**2
+        expected = (m32 / (1 - beta1**t)) / ((v32 / (1 - beta2**t)).sqrt() + eps)
+        # the same fp32 operations in another order: some 2^-24 of the terms
+        assert torch.allclose(direction, expected, rtol=1e-5, atol=1e-6)
+        m, v = m32.to(torch.bfloat16), v32.to(torch.bfloat16)
+        # where fp32's last bit decides a tie a neighbour is chosen: 2^-8 away
+        for key, value in (("m_bf16", m), ("v_bf16", v)):
+            assert state[key].dtype is torch.bfloat16 and torch.allclose(state[key], value, rtol=2**-7, atol=0)
+            assert float((state[key] != value).double().mean()) < 0.01
+        m, v = state["m_bf16"].clone(), state["v_bf16"].clone()
+
+
+def test_a_16_bit_second_moment_cannot_decay() -> None:
+    """From gradients of 1 to a tenth: 0.999 v + 0.001 g^2 is within half a spacing of bf16 from v, 2^-9 v or more.
+
+    In fp32 it goes towards 0.01 as 0.999^t; and with beta2 = 0.95, whose steps are larger than that, in bf16 too.
+    """
+    gradients = [torch.ones(8, 8)] * 600 + [torch.full((8, 8), 0.1)] * 1000
+
+    def second(bits: int, beta2: float) -> tuple[Tensor, Tensor]:
+        method, kept = build("adamw", state_bits=bits, betas=(0.9, beta2)), []
+        state = method.init(gradients[0])
+        for t, grad in enumerate(gradients, 1):
+            step(method, state, grad, t)
+            kept += [stores.read(state, "v").clone()] if t in (600, 1600) else []
+        return kept[0], kept[1]
+
+    before, after = second(16, 0.999)
+    assert bool((before > 0.1).all()) and torch.equal(after, before)
+    before, after = second(32, 0.999)
+    decayed = 0.01 + (before - 0.01) * 0.999**1000
+    assert torch.allclose(after, decayed, rtol=1e-4)  # 1000 roundings of 2^-24
+    assert bool((after < 0.5 * before).all())
+    before, after = second(16, 0.95)
+    assert bool((after < 0.02).all()) and bool((before > 0.9).all())
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_16_bits_are_half(name: str) -> None:
+    """Of every moment; whatever else a method keeps is as wide as ever."""
+    param = torch.empty(64, 48, device="meta")
+    half, full = (build(name, state_bits=bits).init(param) for bits in (16, 32))
+    assert {key.removesuffix("_bf16") for key in half} == full.keys()
+    for key, tensor in half.items():
+        wide = full[key.removesuffix("_bf16")]
+        assert tensor.shape == wide.shape and tensor.dtype is (torch.bfloat16 if key.endswith("_bf16") else wide.dtype)
+    assert any(key.startswith("m") and key.endswith("_bf16") for key in half)
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_16_bits_of_a_wide_parameter_are_refused(name: str) -> None:
+    groups = [{"params": [("w", nn.Parameter(torch.zeros(8, 8, dtype=F64)))], "method": build(name, state_bits=16)}]
+    with pytest.raises(
+        UserError, match=r"^state_bits: 16 is not enough for a torch\.float64 parameter; allowed: 32, 8$"
+    ):
+        gossamer.Optimizer(groups)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", BITS)
+def test_16_bits_survive_a_checkpoint(name: str, dtype: torch.dtype) -> None:
+    fields = {"rank": 4} if "rank" in gossamer.methods()[name].cls.__dataclass_fields__ else {}
+    method = build(name, state_bits=16, **fields)
+
+    def run(opt: gossamer.Optimizer, param: nn.Parameter, steps: range) -> None:
+        for seed in steps:
+            param.grad = randn(24, 16, seed=seed).to(dtype)
+            opt.step()
+
+    def optimizer(param: nn.Parameter) -> gossamer.Optimizer:
+        return gossamer.Optimizer([{"params": [("w", param)], "method": method}], lr=0.01)
+
+    straight, halved = (nn.Parameter(randn(24, 16, seed=99).to(dtype)) for _ in range(2))
+    run(optimizer(straight), straight, range(8))
+    first = optimizer(halved)
+    run(first, halved, range(4))
+    buffer = io.BytesIO()
+    torch.save(first.state_dict(), buffer)
+    buffer.seek(0)
+    second = optimizer(halved)
+    second.load_state_dict(torch.load(buffer, weights_only=True))
+    narrow = [tensor for key, tensor in second.state[halved].items() if key.endswith("_bf16")]
+    assert narrow and all(tensor.dtype is torch.bfloat16 and bool(tensor.any()) for tensor in narrow)
+    run(second, halved, range(4, 8))
+    assert torch.equal(straight, halved)

@@ -27,7 +27,8 @@ def apply(
         seed: a layer's random numbers depend on (seed, its name) alone.
 
     Raises:
-        UserError: a target that matches no hidden linear layer, a model without any, a layer too small for the rank.
+        UserError: a target that matches no hidden linear layer, a model without any, a layer too small for the rank,
+            layers that share one weight.
     """
     patterns = [targets] if isinstance(targets, str) else list(targets)
     linears = {name: linear for name, linear in hidden_linears(model) if name}  # no name: the model itself
@@ -38,7 +39,10 @@ def apply(
             raise UserError(f"layers: target {pattern!r} matches no hidden linear layer; there is {', '.join(linears)}")
     chosen = {n: linear for n, linear in linears.items() if not patterns or any(re.search(p, n) for p in patterns)}
     replaced: dict[nn.Module, nn.Module] = {}
+    owners: dict[int, str] = {}
     for name, linear in chosen.items():
+        if (other := owners.setdefault(id(linear.weight), name)) != name:
+            raise UserError(f"layers: {other} and {name} share one weight, which factors would not; leave both out")
         generator = torch.Generator().manual_seed(hash63(seed, "layers", name))
         try:
             replaced[linear] = parametrization.wrap(linear, generator)
@@ -56,8 +60,16 @@ def factored(model: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
 
 
 def merge_all(model: nn.Module) -> list[str]:
-    """Replace every low-rank layer in place by the dense one it stands for; returns their names."""
+    """Replace every low-rank layer in place by the dense one it stands for; returns their names.
+
+    Raises:
+        UserError: `model` is itself such a layer: there is no place to put the dense one.
+    """
     layers = dict(factored(model))
+    if "" in layers:
+        raise UserError(
+            f"merge_all: {type(model).__name__} is a layer, not a model; layers.merge returns its dense one"
+        )
     _replace(model, {module: merge(module) for module in layers.values()})
     return list(layers)
 

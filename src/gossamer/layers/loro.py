@@ -48,9 +48,7 @@ def exact_step(b: Tensor, a: Tensor, step_b: Tensor, step_a: Tensor) -> tuple[Te
     rank = b.shape[1]
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.mT)
-    # damped, so that a factor that has lost a direction does not step to infinity
-    x = step_b @ (linalg.damped_pinv(a.mT, 0.0, relative=True) @ q_a)
-    y = step_a.mT @ (linalg.damped_pinv(b, 0.0, relative=True) @ q_b)
+    x, y = step_b @ _inverse(r_a), step_a.mT @ _inverse(r_b)
     other_b, rest_b = torch.linalg.qr(x - q_b @ (q_b.mT @ x))
     other_a, rest_a = torch.linalg.qr(y - q_a @ (q_a.mT @ y))
     top = torch.cat([r_b @ r_a.mT - y.mT @ q_a, -rest_a.mT], 1)
@@ -61,6 +59,13 @@ def exact_step(b: Tensor, a: Tensor, step_b: Tensor, step_a: Tensor) -> tuple[Te
         torch.cat([q_b, other_b], 1) @ (u[:, :rank] * root),
         (root[:, None] * vh[:rank]) @ torch.cat([q_a, other_a], 1).mT,
     )
+
+
+def _inverse(r: Tensor) -> Tensor:
+    """Of an r x r matrix; zero along directions that it does not have, so that none of them steps to infinity."""
+    u, s, vh = linalg.svd(r)
+    there = s > torch.finfo(s.dtype).eps * len(s) * s[0]
+    return vh.mT @ (torch.where(there, s.reciprocal(), 0)[:, None] * u.mT)
 
 
 @dataclass(frozen=True)

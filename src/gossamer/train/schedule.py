@@ -11,7 +11,7 @@ class Cosine:
     """Linear warm-up, then a cosine from 1 down to `floor`, as a multiple of the peak learning rate.
 
     Unlike the published recipe, neither the first update (lr 0) nor one past the end is wasted: update 0 takes
-    1 / warmup, the last update takes `floor` exactly.
+    1 / warmup, the last update takes `floor` exactly, unless a restart is not yet recovered from.
     """
 
     steps: int
