@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 from html import unescape
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from gossamer.bench import plots, summary_table, write_report
+from gossamer.bench import Bench, plots, summary_table, write_report
 from gossamer.bench.reading import load
 from gossamer.errors import UserError
 
@@ -52,6 +54,12 @@ def evaluation(step: int, loss: float) -> dict[str, Any]:
     return {"event": "eval", "step": step, "loss": loss, "perplexity": math.exp(loss), "tokens": 4096}
 
 
+def restart(step: int, **more: Any) -> dict[str, Any]:
+    """A restart that rewrote weights and reset both moments, unless `more` says otherwise."""
+    reset = {"moments": ["m", "v"], "parameters": 60, "tensors": 120, "norm_before": 12.3456, "norm_after": 0.0}
+    return {"event": "restart", "step": step, "layers": 28, "change": 1.234e-7} | reset | more
+
+
 def end(perplexity: float | None, seconds: float = 10.0) -> dict[str, Any]:
     outcome = {"perplexity": perplexity, "legacy_perplexity": perplexity, "eval_tokens": 4096}
     return {"event": "end", "step": 100, "seconds": seconds, "tokens_per_second": 1234.0} | outcome
@@ -68,7 +76,7 @@ def write_run(
     root: Path, method: str, lr: float, seed: int, perplexity: float | None, state: float = 8.0, label: str = ""
 ) -> Path:
     events = [start(method, lr, seed, label, state), *(train(step, 3 + 4 / step) for step in range(1, 101))]
-    events += [evaluation(50, 3.1), {"event": "restart", "step": 60}, evaluation(100, 3.0), end(perplexity)]
+    events += [evaluation(50, 3.1), restart(60), evaluation(100, 3.0), end(perplexity)]
     return write_lines(root / f"{method}-{lr}-{seed}" / "log.jsonl", events)
 
 
@@ -101,7 +109,8 @@ def test_best_rate_mean_sd_and_ratios(benchmark: Path) -> None:
     # thin: 18.5 and 22.5; adamw at 0.002: 20 and 22, ahead of 31 at 0.001.
     assert thin[:4] == ["thin", "0.004 of 1 rate, 2 seeds", "20.50 ± 2.83", "0.976"]
     assert adamw[:4] == ["adamw", "0.002 of 2 rates, 2 seeds", "21.00 ± 1.41", "1.000"]
-    assert thin[4:] == ["2.00", "0.25", "1.00", "0.25", "–", "10.0", "1,234", "20.50"]
+    # weights, state, and both over adamw's: (1 + 2) / (1 + 8); then the state of hidden layers alone
+    assert thin[4:] == ["1.00", "2.00", "0.33", "1.00", "0.25", "–", "10.0", "1,234", "20.50"]
     text = page(benchmark).replace("\xa0", " ")
     assert "6 finished runs of 2 methods, training the tiny model (1.5 million parameters), on stories." in text
     assert "<b>20.50 ± 2.83</b>, is that of <b>thin</b> at learning rate 0.004." in text
@@ -111,7 +120,18 @@ def test_best_rate_mean_sd_and_ratios(benchmark: Path) -> None:
 def test_terminal_table_says_the_same(benchmark: Path) -> None:
     table = summary_table(benchmark)
     columns = [[str(cell).replace("\xa0", " ") for cell in column.cells] for column in table.columns]
-    assert [column[0] for column in columns] == ["thin", "0.004", "20.50 ± 2.83", "0.976", "1.00 / 2.00", "–", "10.0"]
+    assert [column[0] for column in columns] == ["thin", "0.004", "20.50 ± 2.83", "0.976", "1.00", "2.00", "–"]
+
+
+def test_terminal_table_fits_eighty_columns(tmp_path: Path) -> None:
+    names = [recipe.name for recipe in Bench().recipes()]
+    for name in names:
+        for seed in (0, 1):
+            write_run(tmp_path, name, 0.0004, seed, 55.5 + seed, state=999.0)
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(summary_table(tmp_path))
+    first_column = [line.split()[0] for line in console.export_text().splitlines() if line.strip()]
+    assert sorted(first_column[-len(names) :]) == sorted(names)  # none cut, none in two lines
 
 
 def test_one_seed_has_no_sd_and_no_baseline_no_ratio(tmp_path: Path) -> None:
@@ -148,7 +168,17 @@ def test_unfinished_run_does_not_count(benchmark: Path) -> None:
     assert "1 more run did not finish." in page(benchmark)
 
 
-@pytest.mark.parametrize("broken", ['{"event":"tr', "[1]", '{"event":"train","step":2}', '{"step":2}'])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        '{"event":"tr',
+        "[1]",
+        '{"event":"train","step":2}',
+        '{"step":2}',
+        '{"event":"restart","step":2,"layers":3}',
+        '{"event":"restart","step":2,"layers":3,"change":"x"}',
+    ],
+)
 def test_broken_middle_line_is_named(tmp_path: Path, broken: str) -> None:
     log = write_lines(tmp_path / "log.jsonl", [start("adamw", 0.001, 0)])
     with log.open("a") as file:
@@ -175,8 +205,96 @@ def test_last_row_of_a_label_wins(tmp_path: Path) -> None:
     (method,) = load(tmp_path)
     assert [run.perplexity for run in method.runs] == [25.0]
     assert method.runs[0].evals  # its log is still read, for the curves
-    assert cells(tmp_path)[0][2:9] == ["25.00", "–", "3.00", "–", "4.00", "–", "1.25"]
+    assert cells(tmp_path)[0][2:9] == ["25.00", "–", "1.00", "3.00", "–", "4.00", "–"]
     assert "<h1>Gossamer benchmark: quick</h1>" in page(tmp_path)
+
+
+def test_a_run_is_called_what_its_row_says_and_else_what_was_trained(tmp_path: Path) -> None:
+    """Low-rank weights trained by adamw must not count as runs of adamw, the baseline."""
+    for name, layers, restarts in (
+        ("plain", None, None),
+        ("thin", {"name": "low-rank", "rank": 32}, None),
+        ("again", {"name": "low-rank", "rank": 32}, {"every": 50}),
+        ("in-rows", {"name": "sltrain", "rank": 32}, {"every": 50}),
+    ):
+        event = start("adamw", 0.001, 0, label=name)
+        event["config"] |= {"layers": layers, "restarts": restarts}
+        write_lines(tmp_path / name / "log.jsonl", [event, train(1), end(20.0)])
+    row = {"label": "in-rows", "method": "sltrain-restarts", "lr": 0.001, "log": "in-rows/log.jsonl"}
+    write_lines(tmp_path / "rows.jsonl", [row])
+    found = {run.label: run.method for method in load(tmp_path) for run in method.runs}
+    assert found == {
+        "plain": "adamw",
+        "thin": "adamw + low-rank",
+        "again": "adamw + low-rank + restarts",
+        "in-rows": "sltrain-restarts",
+    }
+
+
+def test_restarts_are_marked_on_their_runs_curve_and_say_what_was_touched(tmp_path: Path) -> None:
+    events = [start("adamw", 0.001, 0, label="<again>"), *(train(step, 8 - step / 25) for step in range(1, 26))]
+    events += [restart(10), restart(20, moments=["v"], tensors=1, parameters=1, norm_before=None)]
+    write_lines(tmp_path / "again" / "log.jsonl", events)
+    write_lines(tmp_path / "without" / "log.jsonl", [start("adamw", 0.001, 0), *map(train, range(1, 26))])
+    methods = load(tmp_path)
+    figure = plots.loss(methods, plots.styles_of(methods))
+    assert figure
+    line, _, marks = (trace for trace in figure["data"] if "&lt;again&gt;" in trace["hovertemplate"])
+    assert len(figure["data"]) == 3 + 2  # the run without restarts has no marks
+    assert marks["marker"]["symbol"] == "line-ns-open" and marks["meta"] == line["meta"]
+    assert marks["x"] == [10, 20]
+    assert marks["y"] == [line["y"][line["x"].index(step)] for step in marks["x"]]
+    assert marks["text"] == [
+        "28 layers rewritten, largest change of W 1.23e-07; m and v reset: 120 tensors of 60 parameters, norm 12.3 → 0",
+        "28 layers rewritten, largest change of W 1.23e-07; v reset: 1 tensor of 1 parameter, norm – → 0",
+    ]
+    assert "%{text}" in marks["hovertemplate"] and "after step %{x:,}" in marks["hovertemplate"]
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        (
+            {"event": "restart", "step": 60, "layers": 1, "change": None},
+            "1 time; after step 60: 1 layer rewritten, largest change of W –",
+        ),
+        (
+            restart(60, layers=0, change=None, moments=["m"]),
+            "1 time; after step 60: m reset: 120 tensors of 60 parameters, norm 12.3 → 0",
+        ),
+    ],
+)
+def test_a_runs_facts_tell_its_restarts(tmp_path: Path, event: dict[str, Any], text: str) -> None:
+    write_lines(tmp_path / "log.jsonl", [start("adamw", 0.001, 0), train(60), event, end(20.0)])
+    (run,) = load(tmp_path)[0].runs
+    assert run.facts["restarted"] == text
+    assert text in page(tmp_path)
+
+
+def test_restarts_after_the_checkpoint_happen_again(tmp_path: Path) -> None:
+    events = [start("adamw", 0.001, 0), restart(10), restart(20), {"event": "resume", "step": 15}, restart(20)]
+    write_lines(tmp_path / "log.jsonl", events)
+    assert [step for step, _ in load(tmp_path)[0].runs[0].restarts] == [10, 20]
+
+
+def test_memory_picture_counts_weights_too(tmp_path: Path) -> None:
+    """Low-rank weights save both: a picture of the state alone would hide half of what they save."""
+    write_run(tmp_path, "adamw", 0.001, 0, 30.0)
+    log = write_run(tmp_path, "thin", 0.001, 0, 31.0)
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    events[0]["memory"]["weights"] = MIB / 4
+    write_lines(log, events)
+    methods = load(tmp_path)
+    figure = plots.memory(methods, plots.styles_of(methods))
+    assert figure
+    assert {trace["text"][0]: trace["x"] for trace in figure["data"]} == {"adamw": [9.0], "thin": [8.25]}
+
+
+def test_every_recipe_looks_different(tmp_path: Path) -> None:
+    for recipe in Bench().recipes():
+        write_run(tmp_path, recipe.name, 0.001, 0, 30.0)
+    styles = plots.styles_of(load(tmp_path)).values()
+    assert len(set(styles)) == len(styles) == len(Bench().recipes())
 
 
 def test_no_log_is_a_user_error(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 import gossamer
-from gossamer.bench import SUITES, Suite, runner
+from gossamer.bench import SUITES, Recipe, runner
+from gossamer.bench.reading import load
 from gossamer.cli import main
 from gossamer.data import DataConfig
 from gossamer.memory import predict
@@ -67,16 +69,31 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 # --- bench ------------------------------------------------------------------------------------------------------------
 
 
+def smaller(recipe: Recipe) -> Recipe:
+    """The same for a model of 32 by 32 and a run of four steps."""
+    restarts = recipe.restarts and replace(recipe.restarts, every=3, recovery_steps=1)
+    return replace(recipe, layers=replace(recipe.layers, rank=4), restarts=restarts)  # pyright: ignore
+
+
 @pytest.fixture
 def quick(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """`gossamer bench quick` with a suite of a second, into tmp_path/bench."""
     text = DataConfig(str(tiny / "train.txt"), vocab_size=300, seq_len=32)
-    suite = Suite(str(tiny / "config.json"), text, steps=4, batch_size=4, fallback_lr=4e-3, eval_tokens=100, evals=2)
+    suite = replace(
+        SUITES["quick"],
+        model=str(tiny / "config.json"),
+        data=text,
+        steps=4,
+        batch_size=4,
+        eval_tokens=100,
+        evals=2,
+        low_rank=tuple(map(smaller, SUITES["quick"].low_rank)),
+    )
     monkeypatch.setitem(SUITES, "quick", suite)
     monkeypatch.chdir(tmp_path)
 
-    def run(*options: str, out: str = "bench") -> int:
-        return main(["bench", "quick", "--out", out, "--methods", "lora-pre", "--rounds", "1", *options])
+    def run(*options: str, out: str = "bench", methods: Sequence[str] = ("lora-pre",)) -> int:
+        return main(["bench", "quick", "--out", out, "--methods", *methods, "--rounds", "1", *options])
 
     return run
 
@@ -186,3 +203,77 @@ def test_bench_survives_a_torn_row(quick: Bench, tmp_path: Path, lost: int) -> N
     assert quick("--steps", "1", "--seeds", "0", "1") == 0
     tried = sorted((row["method"], row["seed"]) for row in rows(tmp_path / "bench"))
     assert tried == [("adamw", 0), ("adamw", 1), ("lora-pre", 0), ("lora-pre", 1)]
+
+
+LOW_RANK = {
+    # name: layers, and whether it restarts
+    "low-rank": ("low-rank", False),
+    "low-rank-restarts": ("low-rank", True),
+    "relora": ("relora", True),
+    "sltrain": ("sltrain", False),
+    "sltrain-restarts": ("sltrain", True),
+}
+
+
+def test_bench_trains_low_rank_weights_beside_methods(
+    quick: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "bench"
+    assert quick(methods=["lora-pre", *LOW_RANK]) == 0
+    made = {row["method"]: row for row in rows(folder)}
+    assert list(made) == sorted([*LOW_RANK, "lora-pre", "adamw"])  # adamw is first in the alphabet, too
+    presets = {recipe.name: recipe for recipe in SUITES["quick"].low_rank}
+    for name, (layers, restarts) in LOW_RANK.items():
+        row, config = made[name], made[name]["config"]
+        assert row["label"] == f"{name} lr {presets[name].lr:g} seed 0"
+        assert config["method"]["name"] == "adamw" and config["layers"]["name"] == layers
+        assert (config["restarts"] is not None) == restarts
+        assert row["step_time_ratio"] > 0
+        log = [json.loads(line) for line in (folder / row["log"]).read_text().splitlines()]
+        assert [event["step"] for event in log if event["event"] == "restart"] == [3] * restarts
+        memory = log[0]["memory"]
+        assert row["weights_bytes"] == memory["weights"] and row["state_bytes"] == memory["state"]
+        assert row["state_bytes"] < made["adamw"]["state_bytes"]
+        # a frozen dense matrix beside the product costs weights, the product in its place saves them
+        assert (row["weights_bytes"] < made["adamw"]["weights_bytes"]) == (layers != "relora")
+    assert {method.name for method in load(folder)} == set(made)
+
+    monkeypatch.setattr(runner, "pretrain", train_nothing)
+    assert quick(methods=["lora-pre", *LOW_RANK]) == 0
+
+
+def test_bench_continues_low_rank_weights_with_the_same_bits(
+    quick: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, token_loss = iter(range(1, 1000)), loop.token_loss
+
+    def stop_at_eighth(*args: Any) -> torch.Tensor:
+        if next(calls) == 8:  # step 4 of the second run, after the restart and before a checkpoint has it
+            raise KeyboardInterrupt
+        return token_loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "token_loss", stop_at_eighth)
+        assert quick(methods=["sltrain-restarts"]) == 130
+    assert quick(methods=["sltrain-restarts"]) == 0
+    assert quick(methods=["sltrain-restarts"], out="whole") == 0
+    (_, resumed), (_, whole) = rows(tmp_path / "bench"), rows(tmp_path / "whole")
+    assert resumed["perplexity"] == whole["perplexity"]
+    log = [json.loads(line) for line in (tmp_path / "bench" / resumed["log"]).read_text().splitlines()]
+    assert [event["step"] for event in log if event["event"] in ("resume", "restart")] == [2, 3]
+
+
+def test_bench_trains_other_layers_anew(quick: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quick("--steps", "2", methods=["low-rank"]) == 0
+    suite = SUITES["quick"]
+    (first, *others) = suite.low_rank
+    assert first.name == "low-rank"
+    other = replace(first, layers=replace(first.layers, alpha=8.0))  # pyright: ignore
+    monkeypatch.setitem(SUITES, "quick", replace(suite, low_rank=(other, *others)))
+    assert quick("--steps", "2", methods=["low-rank"]) == 0
+    made = rows(tmp_path / "bench")
+    assert [(row["method"], (row["config"]["layers"] or {}).get("alpha")) for row in made] == [
+        ("adamw", None),
+        ("low-rank", 32.0),
+        ("low-rank", 8.0),
+    ]

@@ -14,7 +14,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; -webkit-text-size-adjust: 100%; }
-main { max-width: 1120px; margin: 0 auto; padding: 56px 24px 96px; }
+main { max-width: 1240px; margin: 0 auto; padding: 56px 24px 96px; }
 h1 { font-size: 2rem; line-height: 1.2; font-weight: 650; letter-spacing: -0.02em; margin: 4px 0 20px; }
 h2 { font-size: 1.25rem; font-weight: 620; letter-spacing: -0.01em; margin: 64px 0 4px; }
 h3 { font-size: 0.95rem; font-weight: 620; margin: 36px 0 8px; }

@@ -20,8 +20,8 @@ Figure = dict[str, Any]
 # or a dark page; the baseline is grey. With more methods than colours, dashes and symbols tell the rounds apart.
 GREY = "#8a8f98"
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7")
-DASHES = ("solid", "dash", "dot", "dashdot")
-SYMBOLS = ("circle", "diamond", "square", "triangle-up")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "triangle-down", "pentagon")
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,11 @@ def _curve(run: Run, curve: list[Point], style: Style, *, visible: bool) -> Iter
     x, y = [step for step, _ in run.evals], [loss for _, loss in run.evals]
     yield common | {"mode": "markers", "x": x, "y": y, "marker": marker}
     if run.restarts and curve:
-        y = [losses[max(0, bisect_right(steps, restart) - 1)] for restart in run.restarts]
-        marks = {"color": style.colour, "size": 16, "symbol": "line-ns-open", "line": {"width": 1.5}}
-        hover = f"restart at step %{{x:,}}<extra>{label}</extra>"
-        yield common | {"mode": "markers", "x": run.restarts, "y": y, "marker": marks, "hovertemplate": hover}
+        x, text = [step for step, _ in run.restarts], [_text(done) for _, done in run.restarts]
+        y = [losses[max(0, bisect_right(steps, step) - 1)] for step in x]
+        marks = {"color": style.colour, "size": 20, "symbol": "line-ns-open", "line": {"width": 2}}
+        hover = f"restart after step %{{x:,}}<br>%{{text}}<extra>{label}</extra>"
+        yield common | {"mode": "markers", "x": x, "y": y, "text": text, "marker": marks, "hovertemplate": hover}
 
 
 def _label(run: Run) -> str:
@@ -142,7 +143,7 @@ def memory(methods: list[Method], styles: dict[str, Style]) -> Figure | None:
     points = [
         (size / MIB, method, rate)
         for method in methods
-        if (rate := method.best) and rate.perplexity and (size := rate.mean("hidden_state_bytes")) is not None
+        if (rate := method.best) and rate.perplexity and (size := rate.mean("memory_bytes")) is not None
     ]
     if len(points) < 2:
         return None
@@ -165,7 +166,7 @@ def memory(methods: list[Method], styles: dict[str, Style]) -> Figure | None:
     ]
     sizes = [size for size, _, _ in points]
     values = [rate.perplexity + sign * (rate.sd or 0) for *_, rate in points if rate.perplexity for sign in (-1, 1)]
-    x = _axis("optimizer state of the hidden matrices, MiB", range=_padded(sizes, 0.18))
+    x = _axis("weights and optimizer state, MiB", range=_padded(sizes, 0.18))
     return _figure(traces, x, _axis("validation perplexity", range=_padded(values, 0.18)))
 
 

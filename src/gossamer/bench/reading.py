@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from gossamer.bench import words
 from gossamer.errors import UserError
 from gossamer.train import jsonl
 
@@ -17,6 +18,9 @@ BASELINE = "adamw"
 
 Point = tuple[int, float | None]
 """A step and a value; None where it was not finite."""
+
+Restart = tuple[int, str]
+"""The step after which it happened, and what it did."""
 
 
 @dataclass
@@ -27,7 +31,7 @@ class _Log:
     end: dict[str, Any] = field(default_factory=dict)
     train: list[Point] = field(default_factory=list)
     evals: list[Point] = field(default_factory=list)
-    restarts: list[int] = field(default_factory=list)
+    restarts: list[Restart] = field(default_factory=list)
     looks: list[tuple[int, str, str, float | None]] = field(default_factory=list)
     last_step: int = 0
 
@@ -36,7 +40,7 @@ class _Log:
         self.end = {}
         self.train = [point for point in self.train if point[0] <= step]
         self.evals = [point for point in self.evals if point[0] <= step]
-        self.restarts = [restart for restart in self.restarts if restart <= step]
+        self.restarts = [restart for restart in self.restarts if restart[0] <= step]
         self.looks = [look for look in self.looks if look[0] <= step]
 
 
@@ -53,6 +57,7 @@ class Run:
     perplexity: float | None
     legacy_perplexity: float | None
     eval_tokens: float | None
+    weights_bytes: float | None
     state_bytes: float | None
     hidden_state_bytes: float | None
     step_time_ratio: float | None
@@ -60,10 +65,17 @@ class Run:
     tokens_per_second: float | None
     train: tuple[Point, ...]
     evals: tuple[Point, ...]
-    restarts: tuple[int, ...]
+    restarts: tuple[Restart, ...]
     diagnostics: dict[str, dict[str, list[Point]]]
     """By quantity and parameter; holds only what was measured."""
     facts: dict[str, str]
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """Weights and optimizer state together: low-rank weights save both, low-rank momentum the state alone."""
+        if self.weights_bytes is None or self.state_bytes is None:
+            return None
+        return self.weights_bytes + self.state_bytes
 
     @property
     def status(self) -> str:
@@ -173,9 +185,12 @@ def _run(label: str, log: _Log, row: dict[str, Any] | None = None) -> Run:
     memory = start.get("memory") or {}
     rate = _number((start.get("config") or {}).get("lr"))
     facts = {name: start.get(name) for name in ("config", "data", "parameters", "versions", "hardware", "commit")}
+    if log.restarts:
+        step, done = log.restarts[-1]
+        facts["restarted"] = f"{words.plural(len(log.restarts), 'time')}; after step {step:,}: {done}"
     return Run(
         label=str(start.get("label", label)),
-        method=str(start.get("method", "unknown")),
+        method=str((row or {}).get("method") or _trained(start)),
         suite=outcome.get("suite"),
         rate=_number((row or {}).get("lr")) or rate,
         finished=bool(outcome),
@@ -183,6 +198,7 @@ def _run(label: str, log: _Log, row: dict[str, Any] | None = None) -> Run:
         perplexity=_number(outcome.get("perplexity")),
         legacy_perplexity=_number(outcome.get("legacy_perplexity")),
         eval_tokens=_number(outcome.get("eval_tokens")),
+        weights_bytes=_number(outcome.get("weights_bytes", memory.get("weights"))),
         state_bytes=_number(outcome.get("state_bytes", memory.get("state"))),
         hidden_state_bytes=_number(outcome.get("hidden_state_bytes", memory.get("hidden_state"))),
         step_time_ratio=_number(outcome.get("step_time_ratio")),
@@ -194,6 +210,14 @@ def _run(label: str, log: _Log, row: dict[str, Any] | None = None) -> Run:
         diagnostics=_by_quantity(log.looks),
         facts=dict(_flatten(facts)),
     )
+
+
+def _trained(start: dict[str, Any]) -> str:
+    """The method, and what sets the run apart from one of dense weights: the two are not runs of one method."""
+    config = start.get("config") or {}
+    layers, restarts = config.get("layers"), config.get("restarts")
+    parts = [start.get("method", "unknown"), layers and layers.get("name"), restarts and "restarts"]
+    return " + ".join(part for part in parts if part)
 
 
 def _read_log(path: Path) -> _Log:
@@ -211,7 +235,7 @@ def _read_log(path: Path) -> _Log:
                 case "eval":
                     log.evals.append((step, _number(event["loss"])))
                 case "restart":
-                    log.restarts.append(step)
+                    log.restarts.append((step, words.restart(event)))
                 case "diagnostics":
                     for record in event["parameters"]:
                         values = {key: _number(value) for key, value in record.items() if key != "name"}

@@ -16,15 +16,16 @@ from gossamer.bench.reading import BASELINE, Method, Run, baseline, load
 from gossamer.bench.table import cells
 from gossamer.bench.words import MISSING
 
-COLUMNS = ("perplexity", "perplexity ratio", "state", "state ratio", "hidden", "hidden ratio", "step time", "seconds",
-           "speed", "legacy")  # fmt: skip
+COLUMNS = ("perplexity", "perplexity ratio", "weights", "state", "memory ratio", "hidden", "hidden ratio", "step time",
+           "seconds", "speed", "legacy")  # fmt: skip
 HEAD = """<thead>
 <tr><th rowspan="2">Method</th><th rowspan="2">Learning rate</th>
 <th class="group" colspan="2">Validation perplexity</th>
-<th class="group" colspan="2">Optimizer state, total</th><th class="group" colspan="2">Hidden matrices only</th>
+<th class="group" colspan="3">Weights and state, MiB</th><th class="group" colspan="2">State of hidden layers</th>
 <th rowspan="2">Step time ÷&nbsp;AdamW</th><th rowspan="2">Seconds</th><th rowspan="2">Tokens/s</th>
 <th rowspan="2">Legacy perplexity</th></tr>
-<tr><th>mean&nbsp;±&nbsp;sd</th><th>÷&nbsp;AdamW</th><th>MiB</th><th>÷&nbsp;AdamW</th><th>MiB</th><th>÷&nbsp;AdamW</th></tr>
+<tr><th>mean&nbsp;±&nbsp;sd</th><th>÷&nbsp;AdamW</th><th>weights</th><th>state</th><th>both&nbsp;÷&nbsp;AdamW</th>
+<th>MiB</th><th>÷&nbsp;AdamW</th></tr>
 </thead>"""
 
 
@@ -111,8 +112,9 @@ def _results(methods: list[Method], runs: list[Run], styles: dict[str, Style]) -
 PLOTS = {
     "loss": (
         "Loss",
-        "Training loss, lightly smoothed, with the validation loss as points and restarts as upright marks. Runs at "
-        "each method's best learning rate are shown; the buttons below bring in the others. Double-click to see all.",
+        "Training loss, lightly smoothed, with the validation loss as points and restarts as upright marks that say "
+        "what was touched. Runs at each method's best learning rate are shown; the buttons below bring in the others. "
+        "Double-click to see all.",
     ),
     "memory": (
         "Memory and quality",

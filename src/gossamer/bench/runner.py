@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from gossamer import layers
 from gossamer.bench.suite import SUITES, Bench
 from gossamer.bench.timing import step_time_ratio
+from gossamer.layers import Parametrization
 from gossamer.models import build_model, resolve_config
-from gossamer.optim.contract import Entry, Method, build
 from gossamer.train import Pretrain, jsonl, pretrain
 
 
 def bench(options: Bench) -> Path:
     """Train what is missing of a suite, append its rows to `<folder>/rows.jsonl`, and return the folder."""
     suite, folder = SUITES[options.suite], options.folder
-    entries = options.entries()
+    recipes = options.recipes()
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "rows.jsonl"
     finished = _finished(rows)
-    for entry in entries:
+    for recipe in recipes:
         ratio: float | None = None
-        method, preset_lr = _preset(entry, options.suite)
-        for lr in options.lrs or (preset_lr,):
+        for lr in options.lrs or (recipe.lr,):
             for seed in options.seeds:
-                label = f"{entry.name} lr {lr:g} seed {seed}"
+                label = f"{recipe.name} lr {lr:g} seed {seed}"
                 steps = options.steps or suite.steps
                 every = -(-steps // suite.evals)
                 config = Pretrain(
-                    method=method,
+                    method=recipe.method,
+                    layers=recipe.layers,
+                    restarts=recipe.restarts,
                     model=suite.model,
                     data=suite.data,
                     out=folder / label.replace(" ", "-"),
@@ -52,8 +55,9 @@ def bench(options: Bench) -> Path:
                     continue
                 if label in finished:  # made under another configuration: its checkpoints cannot be continued
                     shutil.rmtree(config.out, ignore_errors=True)
-                ratio = ratio or step_time_ratio(lambda: _model(suite.model), method, rounds=options.rounds)
-                row = _row(options.suite, label, entry.name, config, ratio)
+                make_model = partial(_model, suite.model, recipe.layers)
+                ratio = ratio or step_time_ratio(make_model, recipe.method, rounds=options.rounds)
+                row = _row(options.suite, label, recipe.name, config, ratio)
                 with rows.open("a") as file:
                     file.write(json.dumps(row) + "\n")
     return folder
@@ -70,12 +74,6 @@ def _finished(path: Path) -> dict[str, dict[str, Any]]:
 def _same(saved: dict[str, Any], config: Pretrain[Any, Any, Any]) -> bool:
     """Whether a run was made under this configuration, whatever its folder is called."""
     return {**saved, "out": None} == {**json.loads(json.dumps(config.to_json())), "out": None}
-
-
-def _preset(entry: Entry, suite: str) -> tuple[Method, float]:
-    fields = dict(entry.traits[suite])
-    lr = fields.pop("lr")
-    return build(entry.name, **fields), lr
 
 
 def _row(suite: str, label: str, name: str, config: Pretrain[Any, Any, Any], ratio: float) -> dict[str, Any]:
@@ -102,5 +100,8 @@ def _row(suite: str, label: str, name: str, config: Pretrain[Any, Any, Any], rat
     }
 
 
-def _model(name: str) -> nn.Module:
-    return build_model(resolve_config(name), dtype=torch.float32, device="cpu", seed=0)
+def _model(name: str, parametrization: Parametrization | None) -> nn.Module:
+    model = build_model(resolve_config(name), dtype=torch.float32, device="cpu", seed=0)
+    if parametrization is not None:
+        layers.apply(model, parametrization)
+    return model

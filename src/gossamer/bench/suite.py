@@ -1,4 +1,4 @@
-"""What is compared: a model, data, a length; the methods bring their own presets."""
+"""What is compared: a model, data, a length, and the recipes: the methods bring theirs, low-rank weights are here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,22 @@ import tyro
 
 from gossamer.data import DataConfig
 from gossamer.errors import UserError, nearest
-from gossamer.optim.contract import Entry, methods
+from gossamer.layers import LowRank, Parametrization, ReLoRA, SLTrain
+from gossamer.optim.contract import Entry, Method, build, methods
+from gossamer.optim.methods.adamw import AdamW
+from gossamer.restarts import Restarts
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train hidden matrices, by the name that it has in rows and in the report."""
+
+    name: str
+    method: Method
+    lr: float
+    """Of hidden matrices, or of the factors in their place, where `Bench.lrs` gives no other."""
+    layers: Parametrization | None = None
+    restarts: Restarts | None = None
 
 
 @dataclass(frozen=True)
@@ -27,7 +42,12 @@ class Suite:
     eval_tokens: int
     evals: int
     """Evaluations and checkpoints of a run, evenly spaced; the last one counts."""
+    low_rank: tuple[Recipe, ...] = ()
+    """Low-rank weights. A method's own preset for the suite is in its file of `optim/methods/`."""
 
+
+_ADAMW = AdamW(betas=(0.9, 0.95))
+_RESTARTS = Restarts(every=50, recovery_steps=5, scope="all")
 
 SUITES = {
     # a Llama with d = 128 on the standard library's text: minutes on two cores
@@ -39,13 +59,20 @@ SUITES = {
         fallback_lr=4e-3,
         eval_tokens=100_000,
         evals=1,
+        low_rank=(
+            Recipe("low-rank", _ADAMW, 2.5e-4, LowRank(rank=32)),
+            Recipe("low-rank-restarts", _ADAMW, 2.5e-4, LowRank(rank=32), _RESTARTS),
+            Recipe("sltrain", _ADAMW, 2e-3, SLTrain(rank=32)),
+            Recipe("sltrain-restarts", _ADAMW, 2e-3, SLTrain(rank=32), _RESTARTS),
+            Recipe("relora", _ADAMW, 1e-3, ReLoRA(rank=32), _RESTARTS),
+        ),
     ),
 }
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Train every method that has a preset for the suite, one after the other, and compare them.
+    """Train every method and every kind of low-rank weights that has a preset for the suite, and compare them.
 
     Finished runs are kept in `rows.jsonl`: the same command again trains only what is missing.
     """
@@ -55,7 +82,8 @@ class Bench:
     out: Path | None = None
     """Folder of the runs and the report; None: runs/<suite>."""
     methods: tuple[str, ...] = ()
-    """Which methods; none named: all that have a preset. `adamw`, the reference, always runs."""
+    """Methods, and low-rank weights (`low-rank`, `sltrain-restarts`, ...); none named: all that have a preset. `adamw`,
+    the reference, always runs."""
     lrs: tuple[float, ...] = ()
     """Learning rates of hidden matrices to try for every method; none given: each method's preset."""
     seeds: tuple[int, ...] = (0,)
@@ -78,13 +106,20 @@ class Bench:
     def folder(self) -> Path:
         return self.out or Path("runs") / self.suite
 
-    def entries(self) -> list[Entry]:
-        """The methods to run, the reference first."""
-        known = {name: entry for name, entry in methods().items() if self.suite in entry.traits}
+    def recipes(self) -> list[Recipe]:
+        """What to run, the reference first."""
+        presets = [_preset(entry, self.suite) for entry in methods().values() if self.suite in entry.traits]
+        known = {recipe.name: recipe for recipe in (*presets, *SUITES[self.suite].low_rank)}
         for name in self.methods:
             if name not in known:
                 raise UserError(
                     f"methods: {name!r} has no preset for {self.suite}{nearest(name, known)}; known: {', '.join(known)}"
                 )
         chosen = {"adamw", *self.methods} if self.methods else set(known)
-        return sorted((known[name] for name in chosen), key=lambda entry: (entry.name != "adamw", entry.name))
+        return sorted((known[name] for name in chosen), key=lambda recipe: (recipe.name != "adamw", recipe.name))
+
+
+def _preset(entry: Entry, suite: str) -> Recipe:
+    fields = dict(entry.traits[suite])
+    lr = fields.pop("lr")
+    return Recipe(entry.name, build(entry.name, **fields), lr)

@@ -43,8 +43,9 @@ def cells(method: Method, reference: Rate | None) -> dict[str, str]:
         "tried": tried,
         "perplexity": perplexity,
         "perplexity ratio": ratio,
+        "weights": show(words.mib, "weights_bytes"),
         "state": show(words.mib, "state_bytes"),
-        "state ratio": over_baseline("state_bytes"),
+        "memory ratio": over_baseline("memory_bytes"),
         "hidden": show(words.mib, "hidden_state_bytes"),
         "hidden ratio": over_baseline("hidden_state_bytes"),
         "step time": show(words.ratio, "step_time_ratio"),
@@ -63,16 +64,18 @@ def summary_table(directory: Path) -> Table:
     methods = load(directory)
     table = Table(box=SIMPLE, padding=(0, 0, 0, 1))  # fits eighty columns
     table.add_column("Method")
-    titles = ("Rate", "Perplexity", "÷ AdamW", "State, MiB\nhidden / total", "Step time\n÷ AdamW", "Seconds")
-    for title in titles:
+    shown = {
+        "rate": "Rate",
+        "perplexity": "Perplexity",
+        "perplexity ratio": "÷ AdamW",
+        "weights": "Weights\nMiB",
+        "state": "State\nMiB",
+        "step time": "Step time\n÷ AdamW",
+    }
+    for title in shown.values():
         table.add_column(title, justify="right", no_wrap=True)
     for method in methods:
         texts = cells(method, baseline(methods))
-        state = f"{texts['hidden']} / {texts['state']}"
-        row = (
-            *(texts[name] for name in ("method", "rate", "perplexity", "perplexity ratio")),
-            state,
-            *(texts[name] for name in ("step time", "seconds")),
-        )
-        table.add_row(*map(Text, row))  # as Text, so that brackets in a name are not markup
+        # as Text, so that brackets in a name are not markup
+        table.add_row(*(Text(texts[name]) for name in ("method", *shown)))
     return table

@@ -22,7 +22,8 @@ def step_time_ratio(make_model: Callable[[], nn.Module], method: Method, *, roun
     rival = torch.optim.AdamW(theirs.parameters())
     mine = Optimizer(param_groups(ours, method))
     generator = torch.Generator().manual_seed(0)
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+    trained = ([p for p in model.parameters() if p.requires_grad] for model in (ours, theirs))
+    for p, q in zip(*trained, strict=True):
         p.grad = torch.randn(p.shape, generator=generator).mul_(1e-3)
         q.grad = p.grad.clone()
     ratios = [_seconds(mine.step) / _seconds(rival.step) for _ in range(rounds + 2)]

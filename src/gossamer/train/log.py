@@ -165,7 +165,7 @@ def hardware() -> dict[str, Any]:
 
 def commit() -> str | None:
     """The commit of the checkout this package lies in, with "+" if it has changes; None outside one."""
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent  # the whole package: all of it makes the numbers
     try:
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True)
         dirty = subprocess.run(["git", "status", "--porcelain", "-uno", "."], cwd=here, capture_output=True, text=True)
