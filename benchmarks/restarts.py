@@ -6,6 +6,7 @@ v), so that any reset un-sticks it.
     python benchmarks/restarts.py                      # all runs that `results/restarts_tiny/rows.jsonl` lacks,
                                                        # then table.md and perplexity.svg beside it
     python benchmarks/restarts.py --part 0 --parts 2   # half of them; the other half elsewhere at the same time
+    python benchmarks/restarts.py --ablate             # what about a restart does it: `ablations.jsonl`
 """
 
 from __future__ import annotations
@@ -37,6 +38,15 @@ ARMS: dict[str, Restarts | None] = {
     "reset": replace(BASE, refactorize=False),
     "both": BASE,
 }
+ABLATIONS: dict[str, Restarts] = {
+    "reset, factors only": replace(BASE, refactorize=False, scope="factors"),
+    "reset m": replace(BASE, refactorize=False, reset="first"),
+    "reset v": replace(BASE, refactorize=False, reset="second"),
+    "reset, no recovery": replace(BASE, refactorize=False, schedule="none"),
+    "refactorize, no recovery": replace(BASE, reset=None, schedule="none"),
+    "both, once": replace(BASE, every=200, recovery_steps=10),
+}
+"""Of low-rank weights in fp32 at the rate that was best without restarts."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class Options:
     state_bits: tuple[int, ...] = (32, 16)
     """Of both moments of every parameter."""
     steps: int = 400
+    ablate: bool = False
+    """Run `ABLATIONS` instead."""
     part: int = 0
     """Which of `parts` shares of the runs."""
     parts: int = 1
@@ -58,8 +70,12 @@ class Options:
 
 def configurations(options: Options) -> Iterator[tuple[dict[str, Any], Pretrain[Any, Any, Any]]]:
     """What identifies a run, and the run; whole seeds first, so that an unfinished experiment is a smaller one."""
-    cases = itertools.product(options.seeds, LAYERS, ARMS, options.state_bits)
-    for seed, layers, arm, bits, lr in ((*case, lr) for case in cases for lr in RATES[case[1]]):
+    if options.ablate:
+        grid = [(seed, "low-rank", arm, 32, 6e-4) for seed in options.seeds for arm in ABLATIONS]
+    else:
+        cases = itertools.product(options.seeds, LAYERS, ARMS, options.state_bits)
+        grid = [(*case, lr) for case in cases for lr in RATES[case[1]]]
+    for seed, layers, arm, bits, lr in grid:
         key = {"layers": layers, "arm": arm, "state_bits": bits, "lr": lr, "seed": seed, "steps": options.steps}
         method = AdamW(state_bits=bits)  # pyright: ignore
         yield (
@@ -68,10 +84,10 @@ def configurations(options: Options) -> Iterator[tuple[dict[str, Any], Pretrain[
                 method=method,
                 fallback=method,
                 layers=LAYERS[layers],
-                restarts=ARMS[arm],
+                restarts={**ARMS, **ABLATIONS}[arm],
                 model="tiny",
                 data=DataConfig(seq_len=128),
-                out=options.runs / "-".join(map(str, key.values())),
+                out=options.runs / "-".join(map(str, key.values())).replace(" ", "-"),
                 steps=options.steps,
                 batch_size=8,
                 lr=lr,
@@ -82,7 +98,7 @@ def configurations(options: Options) -> Iterator[tuple[dict[str, Any], Pretrain[
 
 
 def main(options: Options) -> None:
-    rows = options.out / "rows.jsonl"
+    rows = options.out / ("ablations.jsonl" if options.ablate else "rows.jsonl")
     options.out.mkdir(parents=True, exist_ok=True)
     done = [row for _, row in jsonl.read(rows)] if rows.exists() else []
     for index, (key, config) in enumerate(configurations(options)):
@@ -104,7 +120,8 @@ def main(options: Options) -> None:
             file.write(json.dumps(row) + "\n")
         shutil.rmtree(config.out)
         print(*key.values(), f"{result.score.perplexity:.2f}", f"{result.seconds:.0f} s", flush=True)
-    summarise([row for _, row in jsonl.read(rows)], options.out)
+    if not options.ablate:
+        summarise([row for _, row in jsonl.read(rows)], options.out)
 
 
 def summarise(rows: list[dict[str, Any]], out: Path) -> None:

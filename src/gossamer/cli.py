@@ -43,6 +43,8 @@ class MemoryOptions(Generic[M, L]):
     """How hidden matrices are trained; everything else is trained by AdamW."""
     layers: L
     """What hidden linear layers are replaced by; None: nothing."""
+    layer_targets: tuple[str, ...] = ()
+    """Regular expressions of the linear layers to replace; none: every hidden one."""
     model: str = "1b"
     """A size (tiny, 9m .. 13b), or a Hugging Face config.json or a folder with one."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -100,7 +102,7 @@ def run_memory(argv: list[str]) -> None:
     if options.layers is not None:
         name += f" on {name_of(options.layers)}"
     plain = meta_model(options.model, None, dtype)
-    model = meta_model(options.model, options.layers, dtype)
+    model = meta_model(options.model, options.layers, dtype, options.layer_targets)
     seq_len = _seq_len(options, plain)
     kept = activations(model, options.batch_size, seq_len, options.checkpointing, loss=token_loss)
     mine, dense = predict(model, options.method), predict(plain, gossamer.AdamW())
@@ -226,17 +228,23 @@ def _parse_with_parts(options: Any, command: str, argv: list[str]) -> Any:
     layers_name, argv = _take("layers", argv)
     if method_name == "":
         raise UserError(f"method: no name given; known: {', '.join(methods())}")
+    if layers_name == "":
+        raise UserError(f"layers: no name given; known: {', '.join(PARAMETRIZATIONS)}")
+    if any(word.partition("=")[0] == "--restarts" for word in argv):
+        raise UserError("restarts: an option without a value of its own; --restarts.every N turns restarts on")
     if layers_name is not None and layers_name not in PARAMETRIZATIONS:
         guess = nearest(layers_name, PARAMETRIZATIONS)
         raise UserError(f"layers: unknown {layers_name!r}{guess}; known: {', '.join(PARAMETRIZATIONS)}")
     parts: dict[str, Any] = {
-        "method": find(method_name or DEFAULT_METHOD).cls(),
+        # factors are thin already: a method of low rank would leave them to AdamW
+        "method": find(method_name or ("adamw" if layers_name else DEFAULT_METHOD)).cls(),
         "layers": PARAMETRIZATIONS[layers_name]() if layers_name else None,
         "restarts": Restarts() if any(word.startswith("--restarts.") for word in argv) else None,
     }
     wanted = {name: part for name, part in parts.items() if name in options.__dataclass_fields__}
     hint = (
-        f"--method NAME is one of {', '.join(methods())} (default: {DEFAULT_METHOD}) and brings --method.* options. "
+        f"--method NAME is one of {', '.join(methods())} (default: {DEFAULT_METHOD}, adamw with --layers) and brings "
+        "--method.* options. "
         f"--layers NAME is one of {', '.join(PARAMETRIZATIONS)} (default: none) and brings --layers.*."
     )
     if "restarts" in wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -13,6 +14,14 @@ class UserError(ValueError):
 def first_line(error: Exception) -> str:
     """An error's message, short enough to quote in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
+    """The names in which a regular expression is found. A `UserError` that begins with `what` if it is not one."""
+    try:
+        return [name for name in names if re.search(pattern, name)]
+    except re.error as error:
+        raise UserError(f"{what}: {pattern!r} is not a regular expression: {first_line(error)}") from None
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

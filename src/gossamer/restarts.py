@@ -10,6 +10,7 @@ for step in range(1, steps + 1):
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,7 +44,7 @@ class Restarts:
     scope: Literal["factors", "all"] = "factors"
     """Whose moments: those of low-rank layers, or of every parameter, which is what the paper's code does."""
     recovery_steps: int = 10
-    """Steps over which the learning rate rises again."""
+    """Steps over which the learning rate rises again; `every` if that is fewer."""
     schedule: Literal["paper", "none"] = "paper"
     """paper: the learning rate rises linearly from 0 after each restart. none: it does not notice."""
 
@@ -58,10 +59,6 @@ class Restarts:
                 raise UserError(
                     f"restarts: {field} is {value!r}{nearest(str(value), known)}; allowed: {', '.join(known)}"
                 )
-        if self.schedule == "paper" and self.recovery_steps > self.every:
-            raise UserError(
-                f"restarts: recovery_steps is {self.recovery_steps}, more than the {self.every} steps of `every`"
-            )
         if not self.refactorize and self.reset is None:
             raise UserError("restarts: refactorize is False and reset is None: a restart would do nothing")
 
@@ -73,25 +70,31 @@ class Restarter:
         seed: of what a restart draws (`relora` draws new adapters).
 
     Raises:
-        UserError: the restart would touch nothing: no low-rank layer to refactorize or in scope, or no such moment.
+        UserError: the restart would touch nothing: no low-rank layer to refactorize or in scope, or no such moment; an
+            optimizer that is not `gossamer.Optimizer`.
     """
 
     def __init__(self, config: Restarts, model: nn.Module, optimizer: Optimizer, *, seed: int = 0) -> None:
         self.config, self.optimizer, self.seed = config, optimizer, seed
+        if not isinstance(optimizer, Optimizer):
+            raise UserError(f"restarts: the optimizer is {type(optimizer).__name__}; allowed: gossamer.Optimizer")
         self.layers = dict(factored(model))
         if not self.layers and (config.refactorize or config.scope == "factors"):
             raise UserError(
                 "restarts: the model has no low-rank layers; for a reset alone: refactorize=False, scope='all' "
                 "(--restarts.no-refactorize --restarts.scope all)"
             )
-        own = {id(param) for layer in self.layers.values() for param in layer.parameters()}
-        members = [m for m in optimizer.members() if config.scope == "all" or id(m[1]) in own]
-        self.names = [name for name, _, _ in members]
-        self.moments = RESETS[config.reset]
-        keys = {key for _, param, group in members for key in group["method"].init(param.detach().to("meta"))}
-        if self.moments and not set(self.moments) & set(map(moment_of, keys)):
+        members = list(self._members())
+        kept = {moment_of(key) for _, p, group in members for key in group["method"].init(p.detach().to("meta"))}
+        self.moments = [moment for moment in RESETS[config.reset] if moment in kept]
+        if config.reset is not None and not self.moments:
             raise UserError(f"restarts: reset is {config.reset!r}, but no parameter in scope keeps such a moment")
         self.resume(0)
+
+    def _members(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+        """The optimizer's parameters that are in scope."""
+        own = {id(param) for layer in self.layers.values() for param in layer.parameters()}
+        return (m for m in self.optimizer.members() if self.config.scope == "all" or id(m[1]) in own)
 
     def resume(self, step: int) -> None:
         """Go on after `step`, when model and optimizer are as they were then."""
@@ -100,12 +103,14 @@ class Restarter:
                 layer.remember()
 
     def __call__(self, step: int) -> dict[str, Any] | None:
-        """The restart after `step`, if one is due: what it touched, as plain data.
+        """The restart after `step`, counted from 1, if one is due: what it touched, as plain data.
 
-        Returns None or a dict: `layers` rewritten, `change` (the largest relative change of a layer's weight, Frobenius
-        norm; None without layers), `parameters` and `tensors` whose moments were reset, `norm_before` and `norm_after`
-        of those moments together.
+        Returns None or a dict: `layers` rewritten, `change` (the largest relative change of a layer's product or, where
+        it is merged, of its weight, Frobenius norm; None without layers), the `moments` that were reset, of how many
+        `parameters` and `tensors`, `norm_before` and `norm_after` of all of them together.
         """
+        if step < 1:
+            raise UserError(f"restarts: step is {step}; allowed: the optimizer's steps so far, from 1")
         event = self._restart(step) if step % self.config.every == 0 else None
         self.resume(step)
         return event
@@ -120,12 +125,32 @@ class Restarter:
             "change": float(torch.stack(changes).max()) if changes else None,
         }
         if self.moments:
-            reset = self.optimizer.reset(self.names, self.moments)
+            reset = self.optimizer.reset([name for name, _, _ in self._members()], self.moments)
             event |= {
-                "moments": list(self.moments),
+                "moments": self.moments,
                 "parameters": reset.parameters,
                 "tensors": reset.tensors,
                 "norm_before": reset.norm,
                 "norm_after": reset.norm_after,
             }
         return event
+
+
+def in_words(event: dict[str, Any]) -> str:
+    """What a restart did, from its event."""
+    done = []
+    if event.get("layers"):
+        done.append(f"{_count(event, 'layers')} rewritten, largest change of W {_brief(event['change'])}")
+    if moments := event.get("moments"):
+        what = f"{_count(event, 'tensors')} of {_count(event, 'parameters')}"
+        norms = f"{_brief(event['norm_before'])} → {_brief(event['norm_after'])}"
+        done.append(f"{' and '.join(moments)} reset: {what}, norm {norms}")
+    return "; ".join(done)
+
+
+def _count(event: dict[str, Any], key: str) -> str:
+    return f"{event[key]} {key if event[key] != 1 else key.removesuffix('s')}"
+
+
+def _brief(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

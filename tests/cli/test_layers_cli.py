@@ -33,7 +33,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
     [
         ("--layers low-ran", "layers: unknown 'low-ran' (did you mean 'low-rank'?); known: low-rank, sltrain"),
         ("--layers=xyzzy", "layers: unknown 'xyzzy'; known: "),
-        ("--layers", "layers: unknown ''"),
+        ("--layers", "layers: no name given; known: low-rank"),
         ("--layers sltrain --layers.dense 0.1", "(did you mean --layers.density?)"),
         ("--layers low-rank --layers.density 0.1", "--layers.density"),
         ("--layers.rank 4", "--layers.rank"),
@@ -46,7 +46,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
         ("--layers relora --restarts.every 20 --restarts.no-refactorize", "layers: relora lives by its restarts"),
         ("--layer-targets mlp", "layer_targets: there are no layers to replace them by; add --layers"),
         ("--restarts.every 0", "restarts: every is 0; allowed: an integer >= 1"),
-        ("--restarts.every 5", "restarts: recovery_steps is 10, more than the 5 steps of `every`"),
+        ("--restarts 5", "restarts: an option without a value of its own; --restarts.every N turns restarts on"),
         ("--restarts.evry 20", "(did you mean --restarts.every?)"),
         ("--restarts.every 20 --restarts.scope some", "--restarts.scope"),
         ("--restarts.no-refactorize --restarts.reset None", "a restart would do nothing"),
@@ -62,7 +62,7 @@ def test_one_line(fails: Fails, argv: str, said: str) -> None:
         ("--restarts.every 20", "restarts: the model has no low-rank layers; for a reset alone: "),
         ("--restarts.no-refactorize", "(--restarts.no-refactorize --restarts.scope all)"),
         ("--restarts.scope all", "restarts: the model has no low-rank layers"),
-        ("--layers low-rank", "rank is 128 for a layer of shape (32, 32); allowed: 1 to 32"),
+        ("--layers low-rank", "rank is 128, too much for 14 layers, such as"),
         ("--layers low-rank --layers.rank 4 --layer-targets mpl", "target 'mpl' matches no hidden linear layer"),
     ],
 )
@@ -89,7 +89,7 @@ def test_what_the_options_mean(small: list[str], tmp_path: Path, capsys: pytest.
     }  # fmt: skip
     said = capsys.readouterr().err
     assert "sltrain in place of 8 layers" in said
-    assert "step 2: restart: layers 8, change " in said and "norm_after 0.0" in said
+    assert "step 2: restart: 8 layers rewritten, largest change of W " in said and " → 0" in said
 
 
 def test_a_reset_alone(small: list[str], tmp_path: Path) -> None:

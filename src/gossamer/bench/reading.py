@@ -12,6 +12,7 @@ from typing import Any
 
 from gossamer.bench import words
 from gossamer.errors import UserError
+from gossamer.restarts import in_words
 from gossamer.train import jsonl
 
 BASELINE = "adamw"
@@ -235,7 +236,7 @@ def _read_log(path: Path) -> _Log:
                 case "eval":
                     log.evals.append((step, _number(event["loss"])))
                 case "restart":
-                    log.restarts.append((step, words.restart(event)))
+                    log.restarts.append((step, in_words(event)))
                 case "diagnostics":
                     for record in event["parameters"]:
                         values = {key: _number(value) for key, value in record.items() if key != "name"}

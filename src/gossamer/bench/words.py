@@ -1,8 +1,6 @@
-"""Numbers and events as a reader says them."""
+"""Numbers as a reader says them."""
 
 from __future__ import annotations
-
-from typing import Any
 
 MISSING = "–"
 MIB = 2**20
@@ -42,19 +40,3 @@ def count(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {word}"
     return f"{value:,.0f}"
-
-
-def restart(event: dict[str, Any]) -> str:
-    """What a restart did, from its event in a log."""
-    done = []
-    if layers := event.get("layers"):
-        done.append(f"{plural(layers, 'layer')} rewritten, largest change of W {_brief(event['change'])}")
-    if moments := event.get("moments"):
-        tensors = f"{plural(event['tensors'], 'tensor')} of {plural(event['parameters'], 'parameter')}"
-        norms = f"norm {_brief(event['norm_before'])} → {_brief(event['norm_after'])}"
-        done.append(f"{' and '.join(moments)} reset: {tensors}, {norms}")
-    return "; ".join(done)
-
-
-def _brief(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.3g}"

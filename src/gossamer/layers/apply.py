@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import UserError
+from gossamer.errors import UserError, matching, nearest
 from gossamer.layers.contract import FactoredLinear, Parametrization, merge, weight
 from gossamer.optim.contract import hash63
 from gossamer.optim.groups import hidden_linears
@@ -27,29 +26,49 @@ def apply(
         seed: a layer's random numbers depend on (seed, its name) alone.
 
     Raises:
-        UserError: a target that matches no hidden linear layer, a model without any, a layer too small for the rank,
-            layers that share one weight.
+        UserError: a target that is no regular expression or matches no hidden linear layer, a model without any, a
+            layer too small for the rank, layers that share one weight.
     """
     patterns = [targets] if isinstance(targets, str) else list(targets)
     linears = {name: linear for name, linear in hidden_linears(model) if name}  # no name: the model itself
     if not linears:
-        raise UserError(f"layers: {type(model).__name__} has no hidden nn.Linear to replace")
-    for pattern in patterns:
-        if not any(re.search(pattern, name) for name in linears):
-            raise UserError(f"layers: target {pattern!r} matches no hidden linear layer; there is {', '.join(linears)}")
-    chosen = {n: linear for n, linear in linears.items() if not patterns or any(re.search(p, n) for p in patterns)}
+        here = "only low-rank layers" if any(factored(model)) else "no hidden nn.Linear"
+        raise UserError(f"layers: {type(model).__name__} has {here} to replace; other kinds of layers are left alone")
+    chosen = _chosen(linears, patterns, parametrization.rank)
     replaced: dict[nn.Module, nn.Module] = {}
     owners: dict[int, str] = {}
     for name, linear in chosen.items():
         if (other := owners.setdefault(id(linear.weight), name)) != name:
             raise UserError(f"layers: {other} and {name} share one weight, which factors would not; leave both out")
         generator = torch.Generator().manual_seed(hash63(seed, "layers", name))
-        try:
-            replaced[linear] = parametrization.wrap(linear, generator)
-        except UserError as error:
-            raise UserError(f"{error} ({name}); leave it out by targets") from error
+        replaced[linear] = parametrization.wrap(linear, generator)
     _replace(model, replaced)
     return list(chosen)
+
+
+def _chosen(linears: dict[str, nn.Linear], patterns: list[str], rank: int) -> dict[str, nn.Linear]:
+    """The layers that targets name, all of them large enough for the rank."""
+    kinds = sorted({name.rpartition(".")[2] for name in linears})
+    found: set[str] = set()
+    for pattern in patterns:
+        names = matching(pattern, linears, "layers: target")
+        if not names:
+            near = nearest(pattern, kinds)
+            raise UserError(
+                f"layers: target {pattern!r} matches no hidden linear layer{near}; known: {', '.join(kinds)}"
+            )
+        found.update(names)
+    chosen = {name: linear for name, linear in linears.items() if not patterns or name in found}
+    small = {name: linear for name, linear in chosen.items() if min(linear.weight.shape) < rank}
+    if small:
+        name, linear = next(iter(small.items()))
+        fits = sorted({n.rpartition(".")[2] for n in chosen} - {n.rpartition(".")[2] for n in small})
+        instead = f", or targets without them: '({'|'.join(fits)})$'" if fits else ""
+        raise UserError(
+            f"layers: rank is {rank}, too much for {len(small)} layers, such as {name} of shape "
+            f"{tuple(linear.weight.shape)}; allowed: 1 to {min(min(it.weight.shape) for it in small.values())}{instead}"
+        )
+    return chosen
 
 
 def factored(model: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
@@ -66,10 +85,7 @@ def merge_all(model: nn.Module) -> list[str]:
         UserError: `model` is itself such a layer: there is no place to put the dense one.
     """
     layers = dict(factored(model))
-    if "" in layers:
-        raise UserError(
-            f"merge_all: {type(model).__name__} is a layer, not a model; layers.merge returns its dense one"
-        )
+    _check_model(model, layers)
     _replace(model, {module: merge(module) for module in layers.values()})
     return list(layers)
 
@@ -79,6 +95,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     model.save_pretrained(folder, state_dict=layers.dense_state_dict(model))
     """
+    _check_model(model, dict(factored(model)))
     state = dict(model.state_dict())
     everywhere = model.named_modules(remove_duplicate=False)  # a layer in two places has two names
     for name, module in [(n, m) for n, m in everywhere if isinstance(m, FactoredLinear)]:
@@ -87,6 +104,11 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
                 del state[f"{name}.{key}"]
         state[f"{name}.weight"] = weight(module)
     return state
+
+
+def _check_model(model: nn.Module, layers: dict[str, FactoredLinear]) -> None:
+    if "" in layers:
+        raise UserError(f"layers: {type(model).__name__} is a layer, not a model; layers.merge returns its dense one")
 
 
 def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> None:

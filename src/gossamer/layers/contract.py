@@ -29,6 +29,13 @@ class Parametrization(Protocol):
     """The contract. Implemented by frozen dataclasses whose fields are the hyperparameters."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    __init__: Any
+    """Takes the fields, all of which have defaults."""
+
+    @property
+    def rank(self) -> int:
+        """Columns of B and rows of A."""
+        ...
 
     def wrap(self, linear: nn.Linear, generator: torch.Generator) -> FactoredLinear:
         """A module in place of `linear`, with its bias, dtype, device and mode.
@@ -45,14 +52,16 @@ class Restart(NamedTuple):
     """What a restart did to a layer."""
 
     change: Tensor
-    """Of the layer's weight: Frobenius norm of the difference over the norm before. On the layer's device."""
+    """Frobenius norm of the difference over the norm before: of the product B A where only that is rewritten, of the
+    whole weight where it is merged. On the layer's device."""
 
 
 class FactoredLinear(nn.Module):
     """A linear layer of weight `scale B A + rest()`. Subclasses say what the rest is and how to compute with it.
 
     Args:
-        linear: the layer that this one replaces: its bias is taken over, its dtype and device are kept.
+        linear: the layer that this one replaces: its bias is taken over; dtype, device, mode and whether it is trained
+            are kept.
         rank: r, at most min(m, n).
         scale: of the product B A.
 
@@ -72,10 +81,16 @@ class FactoredLinear(nn.Module):
                 f"layers: rank is {rank} for a layer of shape {tuple(linear.weight.shape)}; allowed: 1 to {smaller}"
             )
         self.rank, self.scale = rank, scale
-        self.B = nn.Parameter(linear.weight.new_empty(self.out_features, rank))
-        self.A = nn.Parameter(linear.weight.new_empty(rank, self.in_features))
+        trained = linear.weight.requires_grad
+        self.B = nn.Parameter(linear.weight.new_empty(self.out_features, rank), trained)
+        self.A = nn.Parameter(linear.weight.new_empty(rank, self.in_features), trained)
         self.bias = linear.bias
         self.train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix, (m, n), made anew each time: for models that read their layers' weights."""
+        return weight(self)
 
     def rest(self) -> Tensor | None:
         """The part of the weight beside the product, dense, (m, n), in the layer's dtype; None for zero."""
@@ -103,9 +118,11 @@ class FactoredLinear(nn.Module):
         )
 
 
-@torch.no_grad()
 def weight(module: FactoredLinear) -> Tensor:
-    """The dense matrix that the layer stands for, (m, n), in its dtype; computed in fp32 or wider, rounded once."""
+    """The dense matrix that the layer stands for, (m, n), in its dtype; computed in fp32 or wider, rounded once.
+
+    Differentiable.
+    """
     wide = torch.promote_types(module.B.dtype, torch.float32)
     dense = module.scale * (whole(module.B).to(wide) @ whole(module.A).to(wide))
     rest = module.rest()
@@ -117,7 +134,7 @@ def merge(module: FactoredLinear) -> nn.Linear:
     """A dense linear layer of the same function, dtype, device and mode."""
     m, n = module.out_features, module.in_features
     linear = nn.Linear(n, m, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight(module))
+    linear.weight = nn.Parameter(weight(module), module.B.requires_grad)
     linear.bias = module.bias
     return linear.train(module.training)
 
@@ -143,8 +160,8 @@ def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of the same product with `B^T B = A A^T = S`, its singular values.
 
     A direction that the product does not have would be zero in both factors, and so would be its gradients, for ever:
-    such a row of A keeps the size of the smallest one that counts, and its column of B is zero. A zero product is left
-    as it is.
+    such a row of A keeps the size of the smallest one that counts, and its column of B makes up for it. A zero product
+    is left as it is.
 
     Args:
         b: (m, r). a: (r, n). fp32 or fp64.
@@ -152,11 +169,11 @@ def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.mT)
     u, s, vh = linalg.svd(r_b @ r_a.mT)
-    there = s > torch.finfo(s.dtype).eps * max(b.shape[0], a.shape[1]) * s[0]
+    there = s > 10 * torch.finfo(s.dtype).eps * s[0]  # below lies the rounding of two QRs and an SVD
     smallest = torch.where(there, s, s[0]).amin()
-    b_root, a_root = torch.where(there, s, 0).sqrt(), torch.where(there, s, smallest).sqrt()
+    a_root = torch.where(there, s, smallest).sqrt()
     return (
-        torch.where(s[0] > 0, q_b @ (u * b_root), b),
+        torch.where(s[0] > 0, q_b @ (u * (s / a_root)), b),
         torch.where(s[0] > 0, (a_root[:, None] * vh) @ q_a.mT, a),
     )
 

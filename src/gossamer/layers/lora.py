@@ -17,6 +17,8 @@ class LoRALinear(FactoredLinear):
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float) -> None:
         super().__init__(linear, rank, scale)
+        for factor in (self.B, self.A):  # of a frozen layer too: that is what adapters are for
+            factor.requires_grad_()
         self.base = nn.Parameter(linear.weight.detach(), requires_grad=False)
 
     def start(self, generator: torch.Generator) -> None:

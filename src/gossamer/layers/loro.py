@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gossamer import linalg
 from gossamer.distributed import put_, whole
+from gossamer.errors import UserError
 from gossamer.layers.contract import Restart, check, product_change, uniform_
 from gossamer.layers.low_rank import LowRankLinear
 
@@ -24,7 +25,8 @@ class LOROLinear(LowRankLinear):
 
     @torch.no_grad()
     def restart(self, generator: torch.Generator) -> Restart:
-        assert self.before is not None, "a restart follows a step that was remembered"
+        if self.before is None:
+            raise UserError("loro: the step before this restart was not remembered; call restarter.resume(step) first")
         wide = torch.promote_types(self.B.dtype, torch.float32)
         b, a = (whole(factor).to(wide) for factor in self.before)
         self.before = None

@@ -38,7 +38,7 @@ class SLTrainLinear(FactoredLinear):
                 f"layers: a layer of shape {tuple(linear.weight.shape)} has {count:,} sparse entries at density "
                 f"{density}; allowed: at least 1, of fewer than 2^31"
             )
-        self.values = nn.Parameter(linear.weight.new_empty(count))
+        self.values = nn.Parameter(linear.weight.new_empty(count), linear.weight.requires_grad)
         if linear.weight.is_meta:
             indices = torch.empty(count, dtype=torch.int32, device="meta")
         else:
@@ -46,13 +46,13 @@ class SLTrainLinear(FactoredLinear):
             indices = chosen.sort().values.to(linear.weight.device)
         self.register_buffer("indices", indices)
         # indices on the meta device cannot be read; one tile is right for any, if larger
-        whole = [(slice(0, self.out_features), slice(0, count), 0)]
-        self._tiles: list[Tile] | None = whole if linear.weight.is_meta else None
+        single = [(slice(0, self.out_features), slice(0, count), 0)]
+        self._tiles: list[Tile] | None = single if linear.weight.is_meta else None
 
     def rest(self) -> Tensor:
-        values = whole(self.values.detach())
+        values = whole(self.values)
         flat = values.new_zeros(self.out_features * self.in_features)
-        return flat.index_add_(0, self.indices, values).view(self.out_features, self.in_features)
+        return flat.index_add(0, self.indices, values).view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         b, a, values = self.B, self.A, self.values

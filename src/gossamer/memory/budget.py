@@ -105,10 +105,7 @@ def candidates(
             memory = predict(plain, method)
             found.append(Candidate(name, "-", rank, memory.weights, memory.gradients, memory.state, kept))
     smallest = min((min(linear.weight.shape) for _, linear in hidden_linears(plain)), default=0)
-    parametrizations: dict[str, type[Any]] = {
-        **PARAMETRIZATIONS
-    }  # that every one has a rank, their protocol leaves open
-    for name, cls in parametrizations.items():
+    for name, cls in PARAMETRIZATIONS.items():
         for rank in (rank for rank in ranks if rank <= smallest):
             built = meta_model(config, cls(rank=rank), dtype)
             memory = predict(built, default_fallback())

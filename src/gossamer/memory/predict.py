@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -75,6 +76,7 @@ def predict(
     fallback: Method | None = None,
     rules: Rules = (),
     layers: Parametrization | None = None,
+    layer_targets: Sequence[str] = (),
     dtype: torch.dtype = torch.bfloat16,
 ) -> Memory:
     """Bytes of weights, gradients and optimizer state, by group of parameters.
@@ -86,10 +88,11 @@ def predict(
         model: a module, which is counted as it is; or a `transformers` configuration, a size such as "1b", or a path of
             a configuration, built on the meta device in `dtype`.
         method, fallback, rules: as for `gossamer.param_groups`.
-        layers: what replaces hidden linear layers, as for `gossamer.layers.apply`, unless `model` is a module.
+        layers, layer_targets: what replaces hidden linear layers, and which, as for `gossamer.layers.apply`, unless
+            `model` is a module.
         dtype: of weights and gradients, unless `model` is a module.
     """
-    model = meta_model(model, layers, dtype)
+    model = meta_model(model, layers, dtype, layer_targets)
     groups: dict[tuple[str, str], list[tuple[Method, Tensor]]] = {}
     for group in param_groups(model, method, fallback=fallback, rules=rules):
         name = entry_of(group["method"]).name
@@ -106,7 +109,10 @@ def predict(
 
 
 def meta_model(
-    model: nn.Module | PretrainedConfig | str, layers: Parametrization | None, dtype: torch.dtype
+    model: nn.Module | PretrainedConfig | str,
+    layers: Parametrization | None,
+    dtype: torch.dtype,
+    layer_targets: Sequence[str] = (),
 ) -> nn.Module:
     """The module itself, or what a configuration, a size or a path describes, built on the meta device.
 
@@ -120,7 +126,7 @@ def meta_model(
     config = resolve_config(model) if isinstance(model, str) else model
     built = build_model(config, dtype=dtype, device="meta", seed=0)
     if layers is not None:
-        apply(built, layers)
+        apply(built, layers, layer_targets)
     return built
 
 

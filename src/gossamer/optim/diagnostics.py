@@ -20,14 +20,13 @@ Nothing of the run is changed by looking: no number is drawn, no state written t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import UserError, first_line, nearest
+from gossamer.errors import UserError, matching, nearest
 from gossamer.linalg import orthonormalize
 from gossamer.optim.contract import MOMENTS, State, entry_of
 from gossamer.optim.optimizer import Optimizer
@@ -139,10 +138,7 @@ class Diagnostics:
 
 
 def _matching(pattern: str, names: Iterable[str]) -> list[str]:
-    try:
-        found = [name for name in names if re.search(pattern, name)]
-    except re.error as error:
-        raise UserError(f"diagnose: {pattern!r} is not a regular expression: {first_line(error)}") from None
+    found = matching(pattern, names, "diagnose")
     if not found:
         raise UserError(f"diagnose: {pattern!r} matches no parameter's name{nearest(pattern, names)}")
     return found

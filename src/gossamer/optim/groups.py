@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gossamer.errors import UserError
+from gossamer.errors import UserError, matching
 from gossamer.optim.contract import Method, entry_of
 from gossamer.optim.methods.adamw import AdamW
 
@@ -38,10 +38,9 @@ def param_groups(
 
     A hidden matrix is the weight of an `nn.Linear` or of Hugging Face's `Conv1D` that is neither the output head
     (`get_output_embeddings()`, a weight tied to an embedding, or, where the model does not say, a last name such as
-    `lm_head` or `classifier`) nor an
-    embedding. Given bare parameters instead of a model, every matrix counts as hidden: pass the model if you have it.
-    The factors of a low-rank layer (`gossamer.layers`) are hidden matrices too; the values of its sparse part go to
-    `method` if that trains vectors, else to `fallback`.
+    `lm_head` or `classifier`) nor an embedding. Given bare parameters instead of a model, every matrix counts as
+    hidden: pass the model if you have it. The factors of a low-rank layer (`gossamer.layers`) are hidden matrices too;
+    the values of its sparse part go to `method` if that trains vectors, else to `fallback`.
 
     Args:
         model: a module, or parameters, or (name, parameter) pairs. Parameters with `requires_grad=False` are left out.
@@ -99,7 +98,7 @@ def _choose(
 ) -> tuple[Method, str]:
     why = kind
     for pattern, ruled in rules:
-        if re.search(pattern, name):
+        if matching(pattern, [name], "param_groups: rule"):
             if (reason := refusal(ruled, param.shape)) is not None:
                 raise UserError(
                     f"param_groups: rule {pattern!r} gives {name!r} of shape {tuple(param.shape)} to "
@@ -131,12 +130,11 @@ def _kinds(model: nn.Module | Iterable[Tensor | tuple[str, Tensor]]) -> Iterator
     for path, module in model.named_modules():
         for attribute, kind in getattr(module, "hidden_parameters", {}).items():
             kinds[id(getattr(module, attribute))] = kind
-        weight = getattr(module, "weight", None)
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            kinds[id(weight)] = "embedding"
-        elif (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and id(weight) not in kinds:
+            kinds[id(module.weight)] = "embedding"
+        elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             is_head = head is None and _HEAD_NAMES.match(path.rpartition(".")[2])
-            kinds[id(weight)] = "output head" if is_head else HIDDEN_MATRIX
+            kinds.setdefault(id(module.weight), "output head" if is_head else HIDDEN_MATRIX)
     if head is not None and kinds.get(id(head.weight)) != "embedding":
         kinds[id(head.weight)] = "output head"
     for name, param in model.named_parameters():
@@ -146,8 +144,8 @@ def _kinds(model: nn.Module | Iterable[Tensor | tuple[str, Tensor]]) -> Iterator
 
 
 def hidden_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Every `nn.Linear` whose weight is a hidden matrix, with its name."""
+    """Every `nn.Linear` whose weight is a hidden matrix, with its name; no subclass that computes in its own way."""
     hidden = {id(param) for _, param, kind in _kinds(model) if kind == HIDDEN_MATRIX}
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and id(module.weight) in hidden:  # a subclass may be quantized
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and id(module.weight) in hidden:
             yield name, module

@@ -122,7 +122,9 @@ class Pretrain(Generic[M, L, R]):
         warmup, restarts = round(self.warmup * self.steps), self.restarts
         if restarts is None or restarts.schedule == "none":
             return Cosine(self.steps, warmup, self.min_lr_ratio)
-        return Cosine(self.steps, warmup, self.min_lr_ratio, restarts.every, restarts.recovery_steps)
+        return Cosine(
+            self.steps, warmup, self.min_lr_ratio, restarts.every, min(restarts.recovery_steps, restarts.every)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the method's name."""

@@ -17,7 +17,7 @@ from gossamer.evaluate import Score, evaluate, token_loss
 from gossamer.memory import predict
 from gossamer.optim import Optimizer, param_groups
 from gossamer.optim.diagnostics import Diagnostics
-from gossamer.restarts import Restarter
+from gossamer.restarts import Restarter, in_words
 from gossamer.train import log as logs
 from gossamer.train.build import build
 from gossamer.train.checkpoint import Checkpoints, read_training, restore
@@ -180,7 +180,7 @@ class Run:
     def _restart(self, restarter: Restarter) -> None:
         if (event := restarter(self.done)) is not None:
             self._say("restart", **event)
-            self.display.say(f"step {self.done}: restart: {', '.join(f'{k} {v}' for k, v in event.items())}")
+            self.display.say(f"step {self.done}: restart: {in_words(event)}")
 
     def _score(self) -> Score:
         return evaluate(
