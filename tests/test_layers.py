@@ -79,5 +79,5 @@ def test_optimizers_need_only_torch_and_numpy() -> None:
 
 _ALLOWED = {
     "__future__", "collections", "copy", "dataclasses", "difflib", "functools", "gossamer", "hashlib", "importlib",
-    "numpy", "pkgutil", "re", "torch", "types", "typing",
+    "math", "numpy", "pkgutil", "re", "torch", "types", "typing",
 }  # fmt: skip

@@ -6,6 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from gossamer.optim.contract import MOMENTS, Context, Method, State, hash63, mom
 from gossamer.optim.groups import default_fallback, refusal
 from gossamer.optim.rounding import write_
 from gossamer.optim.stores import arithmetic_dtype
+from gossamer.optim.sweep import Scratch, Sweep
 
 Observer = Callable[[str, nn.Parameter, dict[str, Any], Tensor, Tensor], None]
 """A function of a parameter's name, itself, its group, the gradient (fp32 or wider, negated under `maximize`) and the
@@ -24,6 +26,9 @@ direction: called when its state has been advanced and itself not yet been writt
 
 COUNTERS = ("step", *(f"{moment}_step" for moment in MOMENTS))
 """How often the parameter was stepped, and how often since each moment was last zero."""
+
+
+IMPLEMENTATIONS = ("reference", "fused")
 
 
 def init_state(method: Method, param: Tensor) -> State:
@@ -48,6 +53,8 @@ class PlanRow:
     shape: tuple[int, ...]
     method: str
     rank: int | None
+    implementation: str
+    """"fused" or "reference"."""
     state_bytes: int
     """The method's tensors; the driver's counters take 12 bytes more."""
     why: str
@@ -61,14 +68,22 @@ class Plan(list[PlanRow]):
         return sum(row.state_bytes for row in self)
 
     def __str__(self) -> str:
-        header = ("parameter", "shape", "method", "rank", "state bytes", "why")
+        header = ("parameter", "shape", "method", "rank", "step", "state bytes", "why")
         cells = [
-            (r.name, "x".join(map(str, r.shape)), r.method, str(r.rank or "-"), f"{r.state_bytes:,}", r.why)
+            (
+                r.name,
+                "x".join(map(str, r.shape)),
+                r.method,
+                str(r.rank or "-"),
+                r.implementation,
+                f"{r.state_bytes:,}",
+                r.why,
+            )
             for r in self
         ]
-        cells.append(("total", "", "", "", f"{self.state_bytes:,}", ""))
+        cells.append(("total", "", "", "", "", f"{self.state_bytes:,}", ""))
         width = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-        right = {3, 4}
+        right = {3, 5}
         return "\n".join(
             "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, width, strict=True)))
             for row in (header, *cells)
@@ -97,6 +112,9 @@ class Optimizer(torch.optim.Optimizer):
         lr: learning rate, a float or a tensor.
         weight_decay: decoupled, `W <- (1 - lr weight_decay) W` before the step, as `torch.optim.AdamW`.
         maximize: ascend instead of descend.
+        implementation: "reference", every method as it reads; or "fused", where a method has one its twin that takes a
+            matrix some rows at a time and makes no temporary of the weight's size, except where a projector is
+            refreshed. They differ by rounding; `plan()` says which runs.
         rounding: how a bf16 parameter is written: "stochastic", or "nearest", which loses every update smaller than
             about 1/256 of the weight. Other dtypes are always rounded to nearest.
         seed: of every random number a method or the rounding draws. The stream of a parameter depends on (seed, its
@@ -118,6 +136,7 @@ class Optimizer(torch.optim.Optimizer):
         maximize: bool = False,
         rounding: str = "stochastic",
         seed: int = 0,
+        implementation: str = "reference",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -125,6 +144,7 @@ class Optimizer(torch.optim.Optimizer):
             "maximize": maximize,
             "rounding": rounding,
             "seed": seed,
+            "implementation": implementation,
         }
         super().__init__(params, defaults)
 
@@ -147,7 +167,11 @@ class Optimizer(torch.optim.Optimizer):
             raise UserError(
                 f"Optimizer: lr is {float(group['lr'])}, weight_decay is {group['weight_decay']}; allowed: numbers >= 0"
             )
-        contract.check_choice("Optimizer", rounding=(group["rounding"], ("stochastic", "nearest")))
+        contract.check_choice(
+            "Optimizer",
+            rounding=(group["rounding"], ("stochastic", "nearest")),
+            implementation=(group["implementation"], IMPLEMENTATIONS),
+        )
         group.setdefault("why", ["given"] * len(group["params"]))
         taken = {name for other in self.param_groups[:-1] for name in other["param_names"]}
         for name, param in zip(group["param_names"], group["params"], strict=True):
@@ -176,6 +200,11 @@ class Optimizer(torch.optim.Optimizer):
                 self._step_parameter(name, param, group)
         return loss
 
+    @cached_property
+    def _scratch(self) -> Scratch:
+        """One set of buffers for all matrices; neither saved nor copied."""
+        return Scratch()
+
     def members(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
         """Every parameter with its name and its group."""
         for group in self.param_groups:
@@ -197,21 +226,20 @@ class Optimizer(torch.optim.Optimizer):
         generator = torch.Generator(param.device).manual_seed(hash63(group["seed"], name, step))
 
         dtype = arithmetic_dtype(param)
-        grad = grad.to(dtype).neg() if group["maximize"] else grad.to(dtype)
         context = Context(step, m_step, v_step, lr, param, generator, hash63(group["seed"], name))
-        direction = method.update(grad, state, context)
+        descend = partial(_descend, param, group, generator)
+        if fused := _runs_fused(param, group):
+            direction = torch.empty_like(param, dtype=dtype) if self.observers else None
+            each = descend if direction is None else partial(_put, direction)  # who looks, looks before the write
+            method.step_(Sweep(grad, dtype, group["maximize"], each, self._scratch), state, context)
+            if direction is None:
+                return
+        whole = grad.to(dtype).neg() if group["maximize"] else grad.to(dtype)
+        if not fused:
+            direction = method.update(whole, state, context)
         for observe in self.observers:
-            observe(name, param, group, grad, direction)
-
-        target = param if param.dtype is dtype else param.to(dtype)  # stepped in place, or written back with rounding
-        if group["weight_decay"] != 0:
-            target.mul_(1 - lr * group["weight_decay"])
-        if isinstance(lr, Tensor):
-            target.sub_(direction * lr)
-        else:
-            target.sub_(direction, alpha=lr)
-        if target is not param:
-            write_(param, target, group["rounding"], generator)
+            observe(name, param, group, whole, direction)
+        descend(slice(None), direction)
 
     @torch.no_grad()
     def reset(self, names: Iterable[str] | None = None, moments: Iterable[str] = MOMENTS) -> Reset:
@@ -265,6 +293,7 @@ class Optimizer(torch.optim.Optimizer):
                         tuple(param.shape),
                         contract.entry_of(method).name,
                         getattr(method, "rank", None),
+                        "fused" if _runs_fused(param, group) else "reference",
                         num_bytes(method.init(meta).values()),
                         why,
                     )
@@ -316,11 +345,35 @@ class Optimizer(torch.optim.Optimizer):
                         for key, value in saved_state[index].items()
                     }
             method = contract.build(**saved["method"])
-            groups.append({**group, **copy.deepcopy(saved), "params": group["params"], "method": method})
+            own = {"params": group["params"], "method": method, "implementation": group["implementation"]}
+            groups.append({**group, **copy.deepcopy(saved), **own})
         self.__setstate__({"state": state, "param_groups": groups})
 
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+
+def _runs_fused(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the method's fused twin steps this parameter."""
+    return group["implementation"] == "fused" and param.ndim == 2 and hasattr(group["method"], "step_")
+
+
+def _descend(param: Tensor, group: dict[str, Any], generator: torch.Generator, rows: slice, direction: Tensor) -> None:
+    """Write rows of a parameter: decay, the step, and the rounding of a narrow one."""
+    lr, part = group["lr"], param[rows] if param.ndim else param
+    target = part if part.dtype is direction.dtype else part.to(direction.dtype)
+    if group["weight_decay"] != 0:
+        target.mul_(1 - lr * group["weight_decay"])
+    if isinstance(lr, Tensor):
+        target.sub_(direction * lr)
+    else:
+        target.sub_(direction, alpha=lr)
+    if target is not part:
+        write_(part, target, group["rounding"], generator)
+
+
+def _put(whole: Tensor, rows: slice, part: Tensor) -> None:
+    whole[rows] = part
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

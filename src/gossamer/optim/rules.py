@@ -41,18 +41,28 @@ def orthogonalize(m: Tensor, adjust_lr_fn: str) -> Tensor:
 
 
 def cut_gradient(g: Tensor) -> Tensor:
-    """`g` with its entries cut where the sum of all squares could overflow: 9e18 / sqrt(number of entries) in fp32."""
-    bound = (torch.finfo(g.dtype).max / max(g.numel(), 1)) ** 0.5 / 2
+    """`g` with its entries cut at `gradient_bound`."""
+    bound = gradient_bound(g.dtype, g.numel())
     return g.clamp(-bound, bound)
+
+
+def gradient_bound(dtype: torch.dtype, entries: int) -> float:
+    """Where the sum of all squares could overflow: 9e18 / sqrt(number of entries) in fp32."""
+    return (torch.finfo(dtype).max / max(entries, 1)) ** 0.5 / 2
 
 
 def cut_projected(g: Tensor) -> Tensor:
-    """`g` with its entries cut at the fourth root of the largest number, 4e9 in fp32.
+    """`g` with its entries cut at `projected_bound`."""
+    bound = projected_bound(g.dtype)
+    return g.clamp(-bound, bound)
+
+
+def projected_bound(dtype: torch.dtype) -> float:
+    """The fourth root of the largest number, 4e9 in fp32.
 
     Squares of sums over a side and their sums over the matrix then stay finite, and so does every weight.
     """
-    bound = torch.finfo(g.dtype).max ** 0.25
-    return g.clamp(-bound, bound)
+    return torch.finfo(dtype).max ** 0.25
 
 
 def cut_direction_(direction: Tensor) -> Tensor:

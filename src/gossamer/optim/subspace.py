@@ -19,9 +19,10 @@ from torch import Tensor
 
 from gossamer import linalg
 from gossamer.errors import UserError
-from gossamer.optim import stores
+from gossamer.optim import rules, stores
 from gossamer.optim.contract import Context, State
 from gossamer.optim.stores import arithmetic_dtype
+from gossamer.optim.sweep import Sweep
 
 Refresh = Literal["svd", "warm", "random"]
 REFRESHES = ("svd", "warm")
@@ -60,6 +61,14 @@ def fresh_norm(param: Tensor) -> State:
     return {"norm": torch.zeros((), dtype=arithmetic_dtype(param), device=param.device)}
 
 
+def squares_(sums: Tensor, rows: slice, tile: Tensor, is_tall: bool) -> None:
+    """Add the squares of some rows to those of each channel, (l, 1). Overwrites the tile."""
+    if is_tall:
+        sums[rows] = tile.square_().sum(1, keepdim=True)
+    else:
+        sums += tile.square_().sum(0)[:, None]
+
+
 class Subspace(NamedTuple):
     """The span of r directions of the smaller side of an m x n matrix."""
 
@@ -74,6 +83,22 @@ class Subspace(NamedTuple):
     def up(self, low: Tensor) -> Tensor:
         """The matrix whose coordinates are `low` (l x r), in the shape of the weight."""
         return low @ self.basis.mT if self.tall else self.basis @ low.mT
+
+    def down_rows(self, sweep: Sweep) -> Tensor:
+        """`down` of a gradient cut by `rules.cut_projected`, some rows at a time."""
+        low = self.basis.new_zeros(max(sweep.shape), self.basis.shape[1])
+        for rows, grad in sweep.tiles(rules.projected_bound(sweep.dtype)):
+            if self.tall:
+                torch.mm(grad, self.basis, out=low[rows])
+            else:
+                low.addmm_(grad.mT, self.basis[rows])
+        return low
+
+    def up_rows_(self, tile: Tensor, low: Tensor, rows: slice, beta: float = 1.0) -> Tensor:
+        """`beta tile + up(low)[rows]`, in the tile."""
+        if self.tall:
+            return tile.addmm_(low[rows], self.basis.mT, beta=beta)
+        return tile.addmm_(self.basis[rows], low.mT, beta=beta)
 
     def along(self, gain: Tensor) -> Tensor:
         """One number for each channel (l x 1, or 1 x 1) in a shape that broadcasts over the weight."""

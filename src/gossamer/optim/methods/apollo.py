@@ -12,6 +12,7 @@ from gossamer.errors import UserError
 from gossamer.optim import rules, subspace
 from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, hash63, register
 from gossamer.optim.subspace import Subspace, check_gap, check_growth, generation, tall
+from gossamer.optim.sweep import Sweep
 
 PAPER = "Zhu et al., APOLLO, MLSys 2025, arXiv 2412.05270"
 
@@ -69,22 +70,38 @@ class Apollo:
         return state if self.growth_limit is None else state | subspace.fresh_norm(param)
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        beta1, beta2 = self.betas
         grad = rules.cut_projected(grad)
         view = Subspace(self.projection(grad, ctx), tall(grad))
+        gain = self._gain(view.down(grad), view.channel_norms(grad), state, ctx)
+        return grad.mul_(view.along(gain))
 
-        low = view.down(grad)
+    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
+        like = sweep.grad.new_empty((), dtype=sweep.dtype).expand(sweep.shape)
+        view, bound = Subspace(self.projection(like, ctx), tall(like)), rules.projected_bound(sweep.dtype)
+        low, sums = view.down_rows(sweep), like.new_zeros(max(sweep.shape), 1)
+        for rows, grad in sweep.tiles(bound):
+            subspace.squares_(sums, rows, grad, view.tall)
+        along = view.along(self._gain(low, sums.sqrt_(), state, ctx)).expand(sweep.shape)
+        for rows, grad in sweep.tiles(bound):
+            sweep.descend(rows, grad.mul_(along[rows]))
+
+    def _gain(self, low: Tensor, norms: Tensor, state: State, ctx: Context) -> Tensor:
+        """What each channel of the gradient is multiplied by, l x 1 or 1 x 1. Advances the moments and the limiter.
+
+        Args:
+            low: the projected gradient, l x r. norms: of the gradient's channels, l x 1.
+        """
+        beta1, beta2 = self.betas
         m = state["m"].lerp_(low, 1 - beta1)
         v = state["v"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
         correction1, correction2 = 1 - beta1**ctx.m_step, 1 - beta2**ctx.v_step
         psi = rules.adam(m / correction1, v / correction2, self.eps)
-
         gain = subspace.channel_gain(psi, low, tensor=self.scaling == "tensor")
         if self.growth_limit is not None:
-            size = subspace.norm(gain * view.channel_norms(grad)) * (correction1 / correction2**0.5)
+            size = subspace.norm(gain * norms) * (correction1 / correction2**0.5)
             fresh = ctx.m_step == 1 or ctx.v_step == 1
             gain = gain * subspace.limit_growth(size, state["norm"], self.growth_limit, fresh=fresh)
-        return grad.mul_(view.along(gain * self.scale**0.5))
+        return gain * self.scale**0.5
 
     def projection(self, grad: Tensor, ctx: Context) -> Tensor:
         """P, s x r: the same between two refreshes, without being kept."""

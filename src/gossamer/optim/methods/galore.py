@@ -10,6 +10,7 @@ from torch import Tensor
 from gossamer.optim import rules, stores, subspace
 from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, register
 from gossamer.optim.subspace import Subspace, check_gap, due, tall
+from gossamer.optim.sweep import Sweep
 
 
 @register(
@@ -67,17 +68,29 @@ class GaLore:
         return subspace.fresh(param, self.rank, self.state_bits)
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        beta1, beta2 = self.betas
         grad, basis = rules.cut_projected(grad), state["basis"]
         if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
             basis.copy_(subspace.refreshed(basis, grad, ctx, self.refresh))
         view = Subspace(basis, tall(grad))
+        return view.up(self._rule(view.down(grad), state, ctx))
 
-        low = view.down(grad)
+    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
+        basis = state["basis"]
+        if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
+            whole = sweep.whole(rules.projected_bound(sweep.dtype))
+            basis.copy_(subspace.refreshed(basis, whole, ctx, self.refresh))
+        view = Subspace(basis, tall(ctx.param))
+        normal = self._rule(view.down_rows(sweep), state, ctx)
+        for rows in sweep.rows():
+            sweep.descend(rows, view.up_rows_(sweep.buffer("direction", rows), normal, rows, beta=0))
+
+    def _rule(self, low: Tensor, state: State, ctx: Context) -> Tensor:
+        """Adam's scaled direction of a projected gradient, l x r. Advances the moments."""
+        beta1, beta2 = self.betas
         m = stores.read(state, "m").lerp_(low, 1 - beta1)
         v = stores.read(state, "v").mul_(beta2).addcmul_(low, low, value=1 - beta2)
         stores.write_(state, m=m, v=v)
-        return view.up(rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps) * self.scale)
+        return rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps) * self.scale
 
     def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What `m` stands for under the projector at hand, bias-corrected: estimates E g. `v` is of other entries."""

@@ -10,6 +10,7 @@ from gossamer.errors import UserError
 from gossamer.optim import rules, subspace
 from gossamer.optim.contract import Context, State, check_adam, check_rank, register
 from gossamer.optim.subspace import Subspace, check_gap, due, tall
+from gossamer.optim.sweep import Sweep
 
 
 @register(
@@ -72,18 +73,32 @@ class GoLore:
         return subspace.fresh(param, self.rank)
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        beta1, beta2 = self.betas
-        grad, basis, m = rules.cut_projected(grad), state["basis"], state["m"]
+        grad = rules.cut_projected(grad)
         if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
-            new = subspace.refreshed(basis, grad, ctx, "random" if ctx.step > self.random_after else "svd")
-            m.copy_(m @ (basis.mT @ new))
-            basis.copy_(new)
-        view = Subspace(basis, tall(grad))
+            self._refresh(grad, state, ctx)
+        view = Subspace(state["basis"], tall(grad))
+        return view.up(self._rule(view.down(grad), state, ctx))
 
-        low = view.down(grad)
-        m.lerp_(low, 1 - beta1)
+    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
+        if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
+            self._refresh(sweep.whole(rules.projected_bound(sweep.dtype)), state, ctx)
+        view = Subspace(state["basis"], tall(ctx.param))
+        normal = self._rule(view.down_rows(sweep), state, ctx)
+        for rows in sweep.rows():
+            sweep.descend(rows, view.up_rows_(sweep.buffer("direction", rows), normal, rows, beta=0))
+
+    def _refresh(self, grad: Tensor, state: State, ctx: Context) -> None:
+        basis, m = state["basis"], state["m"]
+        new = subspace.refreshed(basis, grad, ctx, "random" if ctx.step > self.random_after else "svd")
+        m.copy_(m @ (basis.mT @ new))
+        basis.copy_(new)
+
+    def _rule(self, low: Tensor, state: State, ctx: Context) -> Tensor:
+        """Adam's scaled direction of a projected gradient, l x r. Advances the moments."""
+        beta1, beta2 = self.betas
+        m = state["m"].lerp_(low, 1 - beta1)
         v = state["v"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
-        return view.up(rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps) * self.scale)
+        return rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps) * self.scale
 
     def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What `m` stands for under the projector at hand, bias-corrected: estimates E g. `v` is of other entries."""

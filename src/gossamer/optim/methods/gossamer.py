@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from gossamer import linalg
 from gossamer.errors import UserError
 from gossamer.optim import factors, rules, stores
 from gossamer.optim.contract import (
@@ -20,6 +22,7 @@ from gossamer.optim.contract import (
     entry_of,
     register,
 )
+from gossamer.optim.sweep import Sweep
 
 PAPER = "this project, docs/methods/gossamer.md"
 SECOND = ("rows-columns", "square", "absolute", "dense")
@@ -53,6 +56,46 @@ class Tracker:
         m = torch.addmm(grad, state["m_B"], state["m_A"], beta=own, alpha=past)
         weight = self.tail * (mass - own)
         return m if weight == 0 else m.add_(factors.outside(state["m_B"], w, grad), alpha=weight)
+
+    def follow_(
+        self,
+        sweep: Sweep,
+        state: State,
+        w: Tensor,
+        *,
+        past: float,
+        own: float,
+        mass: float,
+        decay: float,
+        first: Callable[[slice, Tensor], None],
+        between: Callable[[], None],
+        last: Callable[[slice, Tensor, Tensor], None],
+    ) -> tuple[Tensor, Tensor]:
+        """`blend` and `factors.follow` in two passes over the gradient. Returns the new factors.
+
+        With C = B^T g, known after the first pass, `blend` is
+        (own + t) g + B (past A - t C + t (C W^T) W) - t (g W^T) W,    t = tail (mass - own).
+
+        Args:
+            first: sees every tile of the gradient. between: called after the first pass.
+            last: takes rows, their gradient and their momentum; it may overwrite both.
+        """
+        b, a, tail = state["m_B"], state["m_A"], self.tail * (mass - own)
+        bound = rules.gradient_bound(sweep.dtype, b.shape[0] * a.shape[1])
+        inside, known = torch.empty_like(b), torch.zeros_like(a)
+        for rows, grad in sweep.tiles(bound):
+            torch.mm(grad, w.mT, out=inside[rows])
+            known.addmm_(b[rows].mT, grad)
+            first(rows, grad)
+        between()
+        new_b = linalg.orthonormalize(torch.addmm(inside, b, a @ w.mT, beta=1 - decay, alpha=decay))
+        new_a = (new_b.mT @ b @ a).mul_(decay)
+        thin = past * a - tail * (known - (known @ w.mT) @ w)
+        for rows, grad in sweep.tiles(bound):
+            new_a.addmm_(new_b[rows].mT, grad, alpha=1 - decay)
+            m = torch.addmm(grad, b[rows], thin, beta=own + tail, out=sweep.buffer("m", rows))
+            last(rows, grad, m.addmm_(inside[rows], w, alpha=-tail))
+        return new_b, new_a
 
 
 @register("gossamer", paper=PAPER, quick={"lr": 4e-4, "rank": 32})
@@ -134,10 +177,108 @@ class Gossamer(Tracker):
             return factors.nonnegative(tracked).div_(1 - beta2**steps)
         return tracked.div_(1 - beta2 ** (steps / 2)).square_()
 
+    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
+        beta1, mass = self.betas[0], 1 - self.betas[0] ** ctx.m_step
+        w = factors.frame(state, "m", ctx.generator)
+        second = Second(self, sweep, state, ctx)
+
+        def last(rows: slice, grad: Tensor, m: Tensor) -> None:
+            v = second.take(rows, grad)
+            sweep.descend(rows, rules.cut_direction_(rules.adam(m.div_(mass), v, self.eps)))
+
+        new = {
+            "m": self.follow_(
+                sweep,
+                state,
+                w,
+                past=beta1,
+                own=1 - beta1,
+                mass=mass,
+                decay=beta1,
+                first=second.see,
+                between=second.turn,
+                last=last,
+            )
+        }
+        factors.keep_(state, **new, **second.new())
+
     def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What the state stands for after that many steps, bias-corrected: estimates of E g and E g^2."""
         m = factors.product(state, "m").div_(1 - self.betas[0] ** m_step)
         return {"m": m, "v": self._history(state, v_step)}
+
+
+class Second:
+    """The second moment of a step that sees the gradient twice, some rows at a time."""
+
+    def __init__(self, method: Gossamer, sweep: Sweep, state: State, ctx: Context) -> None:
+        self.method, self.sweep, self.state, self.ctx = method, sweep, state, ctx
+        beta2, t = method.betas[1], ctx.v_step
+        self.own, self.past_mass = (1 - beta2) / (1 - beta2**t), 1 - beta2 ** max(t - 1, 1)
+        self.kind = method.second
+        if self.kind == "rows-columns":
+            self.rows, self.columns = (torch.zeros_like(state[key]) for key in ("v_rows", "v_columns"))
+            mean = state["v_rows"].mean().clamp_min(torch.finfo(sweep.dtype).tiny)
+            self.scaled = state["v_rows"] / mean
+        elif self.kind != "dense":
+            self.decay = beta2 if self.kind == "square" else beta2**0.5
+            self.w = factors.frame(state, "v", ctx.generator)
+            self.inside = torch.empty_like(state["v_B"])
+            self.below, self.count = (torch.zeros((), dtype=sweep.dtype, device=self.w.device) for _ in range(2))
+
+    def see(self, rows: slice, grad: Tensor) -> None:
+        """The first time; `grad` is kept."""
+        target = self._target(rows, grad)
+        if self.kind == "rows-columns":
+            self.rows[rows] = target.mean(1)
+            self.columns += target.sum(0)
+        elif self.kind != "dense":
+            torch.mm(target, self.w.mT, out=self.inside[rows])
+            if self.kind == "square":  # what `factors.nonnegative` takes the mean of
+                tracked = torch.mm(self.state["v_B"][rows], self.state["v_A"], out=target)
+                self.count += (tracked < 0).sum()
+                self.below -= tracked.clamp_max_(0).sum()
+
+    def turn(self) -> None:
+        if self.kind in ("square", "absolute"):
+            b, a = self.state["v_B"], self.state["v_A"]
+            y = torch.addmm(self.inside, b, a @ self.w.mT, beta=1 - self.decay, alpha=self.decay)
+            self.new_b = linalg.orthonormalize(y)
+            self.new_a = (self.new_b.mT @ b @ a).mul_(self.decay)
+            self.floor = self.below / self.count.clamp_min(1)
+
+    def take(self, rows: slice, grad: Tensor) -> Tensor:
+        """The second time: the bias-corrected second moment of these rows, a buffer. Overwrites `grad`."""
+        past = self.sweep.buffer("v", rows)
+        if self.kind == "rows-columns":
+            torch.outer(self.scaled[rows], self.state["v_columns"], out=past).div_(self.past_mass)
+        elif self.kind == "dense":
+            v = self.state["v"][rows]
+            torch.div(v, self.past_mass, out=past)
+            v.mul_(self.method.betas[1]).addcmul_(grad, grad, value=1 - self.method.betas[1])
+        else:
+            torch.mm(self.state["v_B"][rows], self.state["v_A"], out=past)
+            self.new_a.addmm_(self.new_b[rows].mT, self._target(rows, grad), alpha=1 - self.decay)
+            if self.kind == "square":
+                torch.where(past < 0, self.floor, past, out=past).div_(self.past_mass)
+            else:
+                past.div_(self.past_mass_of_magnitudes()).square_()
+        return past.mul_(1 - self.own).add_(grad.square_(), alpha=self.own)
+
+    def past_mass_of_magnitudes(self) -> float:
+        return 1 - self.method.betas[1] ** (max(self.ctx.v_step - 1, 1) / 2)
+
+    def new(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """New factors to keep; means are kept here."""
+        if self.kind == "rows-columns":
+            weight = 1 - self.method.betas[1]
+            self.state["v_rows"].lerp_(self.rows, weight)
+            self.state["v_columns"].lerp_(self.columns / len(self.rows), weight)
+        return {"v": (self.new_b, self.new_a)} if self.kind in ("square", "absolute") else {}
+
+    def _target(self, rows: slice, grad: Tensor) -> Tensor:
+        out = self.sweep.buffer("target", rows)
+        return torch.abs(grad, out=out) if self.kind == "absolute" else torch.square(grad, out=out)
 
 
 @register("gossamer-lion", paper=PAPER, quick={"lr": 2e-4, "rank": 32})
@@ -170,6 +311,22 @@ class GossamerLion(Tracker):
         direction = self.blend(state, w, grad, past=beta1, own=1 - beta1, mass=mass).sign_()
         factors.keep_(state, m=factors.follow(state["m_B"], state["m_A"], w, grad, beta2))
         return direction
+
+    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
+        beta1, beta2 = self.betas
+        new = self.follow_(
+            sweep,
+            state,
+            factors.frame(state, "m", ctx.generator),
+            past=beta1,
+            own=1 - beta1,
+            mass=1 - beta1 * beta2 ** (ctx.m_step - 1),
+            decay=beta2,
+            first=lambda rows, grad: None,
+            between=lambda: None,
+            last=lambda rows, grad, m: sweep.descend(rows, m.sign_()),
+        )
+        factors.keep_(state, m=new)
 
 
 @register("gossamer-muon", paper=PAPER, quick={"lr": 5e-3, "rank": 32})

@@ -21,6 +21,7 @@ from gossamer.optim.contract import (
     entry_of,
     register,
 )
+from gossamer.optim.sweep import Sweep
 
 PAPER = "Wang et al., Taming Momentum, ICLR 2026, arXiv 2602.24283"
 
@@ -78,6 +79,40 @@ class Regression:
         factors.keep_(state, **new)
 
 
+class Fit:
+    """`Regression.advance_` of one moment whose target comes some rows at a time."""
+
+    def __init__(self, method: Regression, state: State, name: str, gamma: float) -> None:
+        self.method, self.gamma = method, gamma
+        self.b, self.a = state[f"{name}_B"], state[f"{name}_A"]
+        self.solve = self._pinv(self.a.mT).mT
+        self.new_b, self.new_a = torch.empty_like(self.b), torch.zeros_like(self.a)
+        self.largest = torch.zeros((), dtype=self.b.dtype, device=self.b.device)
+        self.basis = None if method.updates == "sequential" else self._pinv(self.b)
+
+    def _pinv(self, x: Tensor) -> Tensor:
+        return damped_pinv(x, self.method.damping, relative=self.method.damping_mode == "relative")
+
+    def see(self, rows: slice, target: Tensor, magnitude: Tensor) -> None:
+        torch.mm(target, self.solve, out=self.new_b[rows])
+        self.largest = self.largest.maximum(magnitude.amax())
+        if self.basis is not None:
+            self.new_a.addmm_(self.basis[:, rows], target)
+
+    def turn(self) -> None:
+        """Fit A to the new B from here on: the target is seen once more."""
+        self.basis = self._pinv(self.b.lerp(self.new_b, self.gamma))
+
+    def see_again(self, rows: slice, target: Tensor) -> None:
+        assert self.basis is not None
+        self.new_a.addmm_(self.basis[:, rows], target)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        silent = self.largest == 0
+        new_b, new_a = self.b.lerp(self.new_b, self.gamma), self.a.lerp(self.new_a, self.gamma)
+        return torch.where(silent, (1 - self.gamma) ** 2 * self.b, new_b), torch.where(silent, self.a, new_a)
+
+
 @register("lora-pre", paper=PAPER, quick={"lr": 2e-4, "rank": 32})
 @dataclass(frozen=True, kw_only=True)
 class LoRAPre(Regression):
@@ -123,22 +158,50 @@ class LoRAPre(Regression):
         return stores.factored(param, self.rank, "m", "v")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        beta1, beta2 = self.betas
         gamma1, gamma2 = self._gammas()
         self.begin_(state, ctx, m=ctx.m_step, v=ctx.v_step)
 
         largest = torch.finfo(grad.dtype).max
-        m = factors.ema(state, "m", grad, beta1).clamp_(-largest, largest)
+        m = factors.ema(state, "m", grad, self.betas[0]).clamp_(-largest, largest)
         tracked = factors.product(state, "v")
         self.advance_(state, m=(grad, gamma1), v=(grad.abs(), gamma2))
+        past, own = self._weights(ctx)
+        v = tracked.mul_(past).square_().addcmul_(grad, grad, value=own)
+        return rules.cut_direction_(rules.adam(m.div_(1 - self.betas[0] ** ctx.m_step), v, self.eps).mul_(self.scale))
 
+    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
+        beta1 = self.betas[0]
+        gamma1, gamma2 = self._gammas()
+        self.begin_(state, ctx, m=ctx.m_step, v=ctx.v_step)
+        m_fit, v_fit = Fit(self, state, "m", gamma1), Fit(self, state, "v", gamma2)
+        # every constant of the direction goes into a thin factor or a product's scalar
+        gain, (past, own) = self.scale / (1 - beta1**ctx.m_step), self._weights(ctx)
+        m_b, m_a, v_b, v_a = state["m_B"], state["m_A"] * (beta1 * gain), state["v_B"], state["v_A"] * past
+        largest = torch.finfo(sweep.dtype).max
+        for rows, grad in sweep.gradients():
+            magnitude = torch.abs(grad, out=sweep.buffer("magnitude", rows))
+            m_fit.see(rows, grad, magnitude)
+            v_fit.see(rows, magnitude, magnitude)
+            m = torch.addmm(grad, m_b[rows], m_a, beta=(1 - beta1) * gain, out=sweep.buffer("m", rows))
+            v = torch.mm(v_b[rows], v_a, out=sweep.buffer("v", rows)).square_().addcmul_(grad, grad, value=own)
+            sweep.descend(rows, rules.cut_direction_(m.clamp_(-largest, largest).div_(v.sqrt_().add_(self.eps))))
+        if self.updates == "sequential":
+            m_fit.turn()
+            v_fit.turn()
+            for rows, grad in sweep.gradients():
+                m_fit.see_again(rows, grad)
+                v_fit.see_again(rows, torch.abs(grad, out=sweep.buffer("magnitude", rows)))
+        factors.keep_(state, m=m_fit.factors(), v=v_fit.factors())
+
+    def _weights(self, ctx: Context) -> tuple[float, float]:
+        """p, w: the bias-corrected second moment is (p tracked)^2 + w g^2, with the magnitude tracked so far."""
+        beta2, t = self.betas[1], ctx.v_step
+        own = (1 - beta2) / (1 - beta2**t)
         if self.bias_correction == "paper":
-            v = tracked.square_().mul_(beta2).addcmul_(grad, grad, value=1 - beta2).div_(1 - beta2**ctx.v_step)
-        else:
-            # the tracker of |g| decays by (1 - gamma2)^2 a step, so the t - 1 gradients before this one have that mass
-            a, decay = (1 - beta2) / (1 - beta2**ctx.v_step), (1 - gamma2) ** 2
-            v = tracked.div_(1 - decay ** max(ctx.v_step - 1, 1)).square_().mul_(1 - a).addcmul_(grad, grad, value=a)
-        return rules.cut_direction_(rules.adam(m.div_(1 - beta1**ctx.m_step), v, self.eps).mul_(self.scale))
+            return (beta2 / (1 - beta2**t)) ** 0.5, own
+        # the tracker of |g| decays by (1 - gamma2)^2 a step, so the t - 1 gradients before this one have that mass
+        decay = (1 - self._gammas()[1]) ** 2
+        return (1 - own) ** 0.5 / (1 - decay ** max(t - 1, 1)), own
 
     def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What the factors stand for, bias-corrected: estimates of E g and E g^2."""

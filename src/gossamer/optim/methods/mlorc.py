@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from gossamer.errors import UserError
-from gossamer.linalg import randomized_svd
+from gossamer.linalg import orthonormalize, randomized_svd, svd
 from gossamer.optim import factors, rules, stores
 from gossamer.optim.contract import (
     Context,
@@ -20,6 +22,10 @@ from gossamer.optim.contract import (
     entry_of,
     register,
 )
+from gossamer.optim.sweep import Sweep
+
+Tiles = Iterator[tuple[slice, Tensor, dict[str, Tensor]]]
+"""Rows, their gradient, and the same rows of each moment, by name."""
 
 PAPER = "Shen et al., MLorc, AISTATS 2026, arXiv 2506.01897"
 
@@ -56,6 +62,46 @@ class Compression:
             power_iterations=self.power_iterations,
             generator=ctx.generator,
         )
+
+    def compress_(
+        self,
+        sweep: Sweep,
+        state: State,
+        ctx: Context,
+        tiles: Callable[[], Tiles],
+        last: Callable[[slice, Tensor, dict[str, Tensor]], None],
+    ) -> None:
+        """`compress` of all moments at once, some rows at a time, and kept. `last` may overwrite what it is given."""
+        names = [key.removesuffix("_B") for key in state if key.endswith("_B")]
+        (m, n), width = sweep.shape, min(self.rank + self.oversampling, *sweep.shape)
+        like = {"dtype": sweep.dtype, "device": ctx.param.device}
+
+        def through(frame: dict[str, Tensor]) -> dict[str, Tensor]:  # orth(M frame)
+            y = {name: torch.empty(m, width, **like) for name in names}
+            for rows, _, moments in tiles():
+                for name in names:
+                    torch.mm(moments[name], frame[name], out=y[name][rows])
+            return {name: orthonormalize(y[name]) for name in names}
+
+        q = through({name: torch.randn(width, n, **like, generator=ctx.generator).mT for name in names})
+        for _ in range(self.power_iterations):
+            z = {name: torch.zeros(n, width, **like) for name in names}
+            for rows, _, moments in tiles():
+                for name in names:
+                    z[name].addmm_(moments[name].mT, q[name][rows])
+            q = through({name: orthonormalize(z[name]) for name in names})
+        b = {name: torch.zeros(width, n, **like) for name in names}
+        for rows, grad, moments in tiles():
+            for name in names:
+                b[name].addmm_(q[name][rows].mT, moments[name])
+            last(rows, grad, moments)
+        factors.keep_(state, **{name: self._cut(q[name], b[name]) for name in names})
+
+    def _cut(self, q: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        if len(b) <= self.rank:
+            return q, b
+        u, s, vh = svd(b)
+        return q @ u[:, : self.rank], s[: self.rank, None] * vh[: self.rank]
 
 
 @register("mlorc", paper=PAPER, quick={"lr": 4e-4, "rank": 32, "power_iterations": 1, "betas": (0.9, 0.95)})
@@ -101,6 +147,29 @@ class MLorc(Compression):
         direction = rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps)
         return rules.cut_direction_(direction)
 
+    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
+        beta1, beta2 = self.betas
+        m_b, m_a, v_b, v_a = (state[key] for key in ("m_B", "m_A", "v_B", "v_A"))
+        below, count = (torch.zeros((), dtype=sweep.dtype, device=m_b.device) for _ in range(2))
+        for rows in sweep.rows():  # of what v was: what `factors.nonnegative` takes the mean of
+            v = torch.mm(v_b[rows], v_a, out=sweep.buffer("v", rows))
+            count += (v < 0).sum()
+            below -= v.clamp_max_(0).sum()
+        floor = below / count.clamp_min_(1)
+
+        def tiles() -> Tiles:
+            for rows, grad in sweep.tiles(rules.gradient_bound(sweep.dtype, m_b.shape[0] * m_a.shape[1])):
+                m = torch.addmm(grad, m_b[rows], m_a, beta=1 - beta1, alpha=beta1, out=sweep.buffer("m", rows))
+                v = torch.mm(v_b[rows], v_a, out=sweep.buffer("v", rows))
+                torch.where(v < 0, floor, v, out=v).lerp_(grad.square_(), 1 - beta2)
+                yield rows, grad, {"m": m, "v": v}
+
+        def last(rows: slice, grad: Tensor, moments: dict[str, Tensor]) -> None:
+            m, v = moments["m"].div_(1 - beta1**ctx.m_step), moments["v"].div_(1 - beta2**ctx.v_step)
+            sweep.descend(rows, rules.cut_direction_(rules.adam(m, v, self.eps)))
+
+        self.compress_(sweep, state, ctx, tiles, last)
+
     def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What the factors stand for, bias-corrected: estimates of E g and E g^2."""
         m, v = factors.product(state, "m"), factors.nonnegative(factors.product(state, "v"))
@@ -136,6 +205,20 @@ class MLorcLion(Compression):
         direction = factors.ema(state, "m", grad, beta1).sign_()
         factors.keep_(state, m=self.compress(factors.ema(state, "m", grad, beta2), ctx))
         return direction
+
+    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
+        beta1, beta2 = self.betas
+        b, a = state["m_B"], state["m_A"]
+
+        def tiles() -> Tiles:
+            for rows, grad in sweep.tiles(rules.gradient_bound(sweep.dtype, b.shape[0] * a.shape[1])):
+                m = torch.addmm(grad, b[rows], a, beta=1 - beta2, alpha=beta2, out=sweep.buffer("m", rows))
+                yield rows, grad, {"m": m}
+
+        def last(rows: slice, grad: Tensor, moments: dict[str, Tensor]) -> None:
+            sweep.descend(rows, grad.addmm_(b[rows], a, beta=1 - beta1, alpha=beta1).sign_())
+
+        self.compress_(sweep, state, ctx, tiles, last)
 
 
 @register("mlorc-muon", paper=f"{PAPER}; applied to Muon here", quick={"lr": 5e-3, "rank": 32, "power_iterations": 1})
