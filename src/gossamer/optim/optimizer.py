@@ -228,14 +228,16 @@ class Optimizer(torch.optim.Optimizer):
         dtype = arithmetic_dtype(param)
         context = Context(step, m_step, v_step, lr, param, generator, hash63(group["seed"], name))
         descend = partial(_descend, param, group, generator)
-        if fused := _runs_fused(param, group):
-            direction = torch.empty_like(param, dtype=dtype) if self.observers else None
-            each = descend if direction is None else partial(_put, direction)  # who looks, looks before the write
-            method.step_(Sweep(grad, dtype, group["maximize"], each, self._scratch), state, context)
-            if direction is None:
-                return
+        fused = _runs_fused(param, group)
+        if fused and not self.observers:
+            method.step_(Sweep(grad, dtype, group["maximize"], descend, self._scratch), state, context)  # pyright: ignore
+            return
         whole = grad.to(dtype).neg() if group["maximize"] else grad.to(dtype)
-        if not fused:
+        if fused:  # who looks, looks before the write
+            direction = torch.empty_like(whole)
+            put = partial(_put, direction)
+            method.step_(Sweep(grad, dtype, group["maximize"], put, self._scratch), state, context)  # pyright: ignore
+        else:
             direction = method.update(whole, state, context)
         for observe in self.observers:
             observe(name, param, group, whole, direction)
