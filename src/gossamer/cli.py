@@ -15,7 +15,6 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 import gossamer
 from gossamer.bench import Bench, bench, summary_table, write_report
@@ -23,6 +22,7 @@ from gossamer.errors import UserError, nearest
 from gossamer.evaluate import token_loss
 from gossamer.layers import PARAMETRIZATIONS, Parametrization, name_of
 from gossamer.memory import Size, activations, candidates, longest_row, meta_model, parse_size, predict
+from gossamer.models import resolve_config
 from gossamer.optim.contract import Method, entry_of, find, methods
 from gossamer.optim.optimizer import num_bytes
 from gossamer.restarts import Restarts
@@ -103,7 +103,7 @@ def run_memory(argv: list[str]) -> None:
         name += f" on {name_of(options.layers)}"
     plain = meta_model(options.model, None, dtype)
     model = meta_model(options.model, options.layers, dtype, options.layer_targets)
-    seq_len = _seq_len(options, plain)
+    seq_len = _seq_len(options)
     kept = activations(model, options.batch_size, seq_len, options.checkpointing, loss=token_loss)
     mine, dense = predict(model, options.method), predict(plain, gossamer.AdamW())
     table = Table(title=f"{options.model}, {mine.parameters:,} parameters, {options.dtype}; bytes")
@@ -135,7 +135,7 @@ def run_memory(argv: list[str]) -> None:
 
 
 def _print_what_fits(options: MemoryOptions[Any, Any], budget: Size, dtype: torch.dtype) -> None:
-    seq_len = _seq_len(options, meta_model(options.model, None, dtype))
+    seq_len = _seq_len(options)
     found = candidates(options.model, options.batch_size, seq_len, options.checkpointing, loss=token_loss, dtype=dtype)
     table = Table(title=f"{options.model}, {options.dtype}, {_batch(options, seq_len)}; {budget.unit}")
     for column in ("method", "layers", "rank", "weights", "gradients", "state", "activations", "total", "fits"):
@@ -153,8 +153,10 @@ def _print_what_fits(options: MemoryOptions[Any, Any], budget: Size, dtype: torc
     )
 
 
-def _seq_len(options: MemoryOptions[Any, Any], model: nn.Module) -> int:
-    return options.seq_len if options.seq_len is not None else min(256, longest_row(model) or 256)
+def _seq_len(options: MemoryOptions[Any, Any]) -> int:
+    return (
+        options.seq_len if options.seq_len is not None else min(256, longest_row(resolve_config(options.model)) or 256)
+    )
 
 
 def _batch(options: MemoryOptions[Any, Any], seq_len: int) -> str:

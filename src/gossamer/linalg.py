@@ -92,11 +92,19 @@ def randomized_svd(
     q = orthonormalize(x @ sketch)
     for _ in range(power_iterations):
         q = orthonormalize(x @ orthonormalize(x.mT @ q))
-    b = q.mT @ x
-    if width > min(rank, m, n):
-        u, s, vh = svd(b)
-        return q @ u[:, :rank], s[:rank, None] * vh[:rank]
-    return q, b
+    return cut_rank(q, q.mT @ x, rank)
+
+
+def cut_rank(q: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of Q B of a rank, as such a pair again: itself if B has no more rows.
+
+    Args:
+        q: (m, k) with orthonormal columns. b: (k, n).
+    """
+    if len(b) <= rank:
+        return q, b
+    u, s, vh = svd(b)
+    return q @ u[:, :rank], s[:rank, None] * vh[:rank]
 
 
 def newton_schulz(

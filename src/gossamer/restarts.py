@@ -17,13 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gossamer.errors import UserError, nearest
+from gossamer.errors import UserError
 from gossamer.layers import factored
 from gossamer.optim import Optimizer
-from gossamer.optim.contract import MOMENTS, hash63, moment_of
+from gossamer.optim.contract import MOMENTS, check_choice, hash63, moment_of
 
 RESETS: dict[str | None, tuple[str, ...]] = {"moments": MOMENTS, "first": ("m",), "second": ("v",), None: ()}
-CHOICES = {"reset": tuple(RESETS), "scope": ("factors", "all"), "schedule": ("paper", "none")}
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,12 @@ class Restarts:
             raise UserError(f"restarts: every is {self.every}; allowed: an integer >= 1")
         if self.recovery_steps < 1:
             raise UserError(f"restarts: recovery_steps is {self.recovery_steps}; allowed: an integer >= 1")
-        for field, allowed in CHOICES.items():
-            if (value := getattr(self, field)) not in allowed:
-                known = [str(choice) for choice in allowed]
-                raise UserError(
-                    f"restarts: {field} is {value!r}{nearest(str(value), known)}; allowed: {', '.join(known)}"
-                )
+        check_choice(
+            "restarts",
+            reset=(str(self.reset), tuple(map(str, RESETS))),
+            scope=(self.scope, ("factors", "all")),
+            schedule=(self.schedule, ("paper", "none")),
+        )
         if not self.refactorize and self.reset is None:
             raise UserError("restarts: refactorize is False and reset is None: a restart would do nothing")
 

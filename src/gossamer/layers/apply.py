@@ -84,8 +84,8 @@ def merge_all(model: nn.Module) -> list[str]:
     Raises:
         UserError: `model` is itself such a layer: there is no place to put the dense one.
     """
+    _check_model(model)
     layers = dict(factored(model))
-    _check_model(model, layers)
     _replace(model, {module: merge(module) for module in layers.values()})
     return list(layers)
 
@@ -95,7 +95,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     model.save_pretrained(folder, state_dict=layers.dense_state_dict(model))
     """
-    _check_model(model, dict(factored(model)))
+    _check_model(model)
     state = dict(model.state_dict())
     everywhere = model.named_modules(remove_duplicate=False)  # a layer in two places has two names
     for name, module in [(n, m) for n, m in everywhere if isinstance(m, FactoredLinear)]:
@@ -106,8 +106,8 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _check_model(model: nn.Module, layers: dict[str, FactoredLinear]) -> None:
-    if "" in layers:
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, FactoredLinear):
         raise UserError(f"layers: {type(model).__name__} is a layer, not a model; layers.merge returns its dense one")
 
 

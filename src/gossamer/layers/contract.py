@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from gossamer import linalg
 from gossamer.distributed import put_, whole
-from gossamer.errors import UserError, nearest
+from gossamer.errors import UserError
+from gossamer.optim.contract import check_choice, check_rank
 from gossamer.optim.groups import HIDDEN_MATRIX
 
 
@@ -219,9 +220,7 @@ INITS = ("paper", "spectral")
 
 def check(name: str, *, rank: int, alpha: float = 1.0, init: str = "paper") -> None:
     """Refuse what no layer of any size can be built from."""
-    if not isinstance(rank, int) or rank < 1:
-        raise UserError(f"{name}: rank is {rank}; allowed: an integer >= 1")
+    check_rank(name, rank)
     if not 0 < alpha < math.inf:
         raise UserError(f"{name}: alpha is {alpha}; allowed: finite numbers > 0")
-    if init not in INITS:
-        raise UserError(f"{name}: init is {init!r}{nearest(init, INITS)}; allowed: {', '.join(INITS)}")
+    check_choice(name, init=(init, INITS))

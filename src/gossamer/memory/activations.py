@@ -60,7 +60,7 @@ def activations(
         if value < 1:
             raise UserError(f"{name}: {value} is too small; allowed: an integer >= 1")
     model = meta_model(model, layers, dtype)
-    longest = longest_row(model)
+    longest = longest_row(getattr(model, "config", None))
     if longest is not None and seq_len > longest:
         raise UserError(f"seq_len: {seq_len} is longer than the model allows: {longest}")
     with FakeTensorMode(allow_non_fake_inputs=True), _NoData():
@@ -92,9 +92,9 @@ def activations(
     return counts[1] + (len(stacked) - 2) * (counts[1] - counts[0])
 
 
-def longest_row(model: nn.Module) -> int | None:
-    """The tokens of a row that the model's configuration allows, or None if it does not say."""
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+def longest_row(config: PretrainedConfig | None) -> int | None:
+    """The tokens of a row that a model's configuration allows, or None if it does not say."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 class _NoData(TorchDispatchMode):

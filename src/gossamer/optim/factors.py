@@ -42,6 +42,30 @@ def follow(b: Tensor, a: Tensor, w: Tensor, target: Tensor, decay: float) -> tup
     return new_b, torch.addmm(new_b.mT @ target, new_b.mT @ b, a, beta=1 - decay, alpha=decay)
 
 
+class Follow:
+    """`follow` of a target that comes some rows at a time, and comes twice."""
+
+    def __init__(self, b: Tensor, a: Tensor, w: Tensor, decay: float) -> None:
+        self.b, self.a, self.w, self.decay = b, a, w, decay
+        self.inside = torch.empty_like(b)
+        """`target W^T`, once all rows were seen."""
+
+    def see(self, rows: slice, target: Tensor) -> None:
+        torch.mm(target, self.w.mT, out=self.inside[rows])
+
+    def turn(self) -> None:
+        """All rows were seen once; they come again."""
+        y = torch.addmm(self.inside, self.b, self.a @ self.w.mT, beta=1 - self.decay, alpha=self.decay)
+        self.new_b = orthonormalize(y)
+        self.new_a = (self.new_b.mT @ self.b @ self.a).mul_(self.decay)
+
+    def see_again(self, rows: slice, target: Tensor) -> None:
+        self.new_a.addmm_(self.new_b[rows].mT, target, alpha=1 - self.decay)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.new_b, self.new_a
+
+
 def outside(b: Tensor, w: Tensor, target: Tensor) -> Tensor:
     """`(I - B B^T) target (I - W^T W)`: the part of the target outside both spaces, (m, n)."""
     rest = target - b @ (b.mT @ target)
@@ -65,9 +89,27 @@ def nonnegative(x: Tensor) -> Tensor:
 
     MLorc's Algorithm 1. Without a floor an entry near zero would divide by nothing; no host synchronisation.
     """
-    below = x < 0
-    floor = x.clamp_max(0).sum().neg() / below.sum().clamp_min(1)
-    return torch.where(below, floor, x)
+    floor = Floor(x)
+    below = floor.see(x)
+    return torch.where(below, floor.mean(), x)
+
+
+class Floor:
+    """The mean magnitude of the negative entries of a moment, which may come some rows at a time."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.total = like.new_zeros(())
+        self.count = like.new_zeros((), dtype=torch.int64)
+
+    def see(self, x: Tensor) -> Tensor:
+        """Returns where x is negative."""
+        below = x < 0
+        self.total -= x.clamp_max(0).sum()
+        self.count += below.sum()
+        return below
+
+    def mean(self) -> Tensor:
+        return self.total / self.count.clamp_min(1)
 
 
 def means(param: Tensor, name: str) -> State:

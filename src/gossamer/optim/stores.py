@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gossamer.errors import UserError
-from gossamer.optim.contract import State
+from gossamer.optim.contract import Context, State
 
 BLOCK = 256
 """Neighbours in the flattened tensor that share one scale."""
@@ -86,6 +86,15 @@ def read(state: State, name: str) -> Tensor:
     codes, scale = state[f"{name}_codes"], state[f"{name}_scale"]
     values = codebook(_signed(name), scale.dtype, scale.device)[codes.view(-1).int()]
     return _blocks(values).mul_(scale[:, None]).view(-1)[: codes.numel()].view(codes.shape)
+
+
+def adam_moments_(state: State, grad: Tensor, betas: tuple[float, float], ctx: Context) -> tuple[Tensor, Tensor]:
+    """Advance `m` and `v`, kept in any number of bits, by a gradient of their shape; returns both bias-corrected."""
+    beta1, beta2 = betas
+    m = read(state, "m").lerp_(grad, 1 - beta1)
+    v = read(state, "v").mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    write_(state, m=m, v=v)
+    return m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step)
 
 
 def write_(state: State, **values: Tensor) -> None:

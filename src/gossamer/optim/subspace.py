@@ -100,6 +100,11 @@ class Subspace(NamedTuple):
             return tile.addmm_(low[rows], self.basis.mT, beta=beta)
         return tile.addmm_(self.basis[rows], low.mT, beta=beta)
 
+    def descend(self, sweep: Sweep, low: Tensor) -> None:
+        """Hand `up(low)` to the sweep."""
+        for rows in sweep.rows():
+            sweep.descend(rows, self.up_rows_(sweep.buffer("direction", rows), low, rows, beta=0))
+
     def along(self, gain: Tensor) -> Tensor:
         """One number for each channel (l x 1, or 1 x 1) in a shape that broadcasts over the weight."""
         return gain if self.tall else gain.mT
@@ -192,6 +197,12 @@ def channel_gain(after: Tensor, before: Tensor, *, tensor: bool = False) -> Tens
     dim = None if tensor else 1
     gain = norm(after, dim) / (norm(before, dim) + TINY_NORM)
     return gain.clamp_max(torch.finfo(gain.dtype).max ** 0.5)
+
+
+def limit_channels(norms: Tensor, state: State, betas: tuple[float, float], ctx: Context, gamma: float) -> Tensor:
+    """`limit_growth` of a direction whose channels have these norms, l x 1: its size is without bias correction."""
+    size = norm(norms) * ((1 - betas[0] ** ctx.m_step) / (1 - betas[1] ** ctx.v_step) ** 0.5)
+    return limit_growth(size, state["norm"], gamma, fresh=ctx.m_step == 1 or ctx.v_step == 1)
 
 
 def limit_growth(size: Tensor, previous: Tensor, gamma: float, *, fresh: bool) -> Tensor:

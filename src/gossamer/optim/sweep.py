@@ -3,7 +3,7 @@
 A method that can do so offers, beside `update`, its readable reference, a fused twin:
 
     def step_(self, sweep, state, ctx):
-        for rows, grad in sweep:                         # a slice of rows, and their gradient
+        for rows, grad in sweep.gradients():             # a slice of rows, and their gradient
             direction = ...                              # of those rows, from the state's thin factors
             sweep.descend(rows, direction)
 
@@ -35,10 +35,6 @@ class Scratch:
         if buffer is None or buffer.numel() < size:
             buffer = self._buffers[name, dtype, device] = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size].view(shape)
-
-    @property
-    def bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
 
 
 class Sweep:

@@ -137,8 +137,9 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:
     was, is_ = saved["method"]["name"], now["method"]["name"]
     if was != is_:
         raise UserError(f"resume: the checkpoint was made by method {was!r}, this run asks for {is_!r}")
-    for key, value in {**dict.fromkeys(_flatten(saved)), **_flatten(now)}.items():
-        old = _flatten(saved).get(key)
+    before, after = _flatten(saved), _flatten(now)
+    for key in before | after:
+        old, value = before.get(key), after.get(key)
         if key.split(".")[0] not in MAY_CHANGE_ON_RESUME and old != value:
             raise UserError(f"resume: {key} was {old!r} in the checkpoint and is {value!r} now; use another --out")
 

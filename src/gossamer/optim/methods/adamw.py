@@ -46,12 +46,7 @@ class AdamW:
         return stores.moments(param, "m", "v", bits=self.state_bits)
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        beta1, beta2 = self.betas
-        grad = rules.cut_gradient(grad)
-        m = stores.read(state, "m").lerp_(grad, 1 - beta1)
-        v = stores.read(state, "v").mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        stores.write_(state, m=m, v=v)
-        return rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps)
+        return rules.adam(*stores.adam_moments_(state, rules.cut_gradient(grad), self.betas, ctx), self.eps)
 
     def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What the state stands for, bias-corrected: estimates of E g and E g^2."""

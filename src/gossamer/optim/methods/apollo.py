@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import UserError
-from gossamer.optim import rules, subspace
+from gossamer.optim import rules, stores, subspace
 from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, hash63, register
 from gossamer.optim.subspace import Subspace, check_gap, check_growth, generation, tall
 from gossamer.optim.sweep import Sweep
@@ -91,16 +91,10 @@ class Apollo:
         Args:
             low: the projected gradient, l x r. norms: of the gradient's channels, l x 1.
         """
-        beta1, beta2 = self.betas
-        m = state["m"].lerp_(low, 1 - beta1)
-        v = state["v"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
-        correction1, correction2 = 1 - beta1**ctx.m_step, 1 - beta2**ctx.v_step
-        psi = rules.adam(m / correction1, v / correction2, self.eps)
+        psi = rules.adam(*stores.adam_moments_(state, low, self.betas, ctx), self.eps)
         gain = subspace.channel_gain(psi, low, tensor=self.scaling == "tensor")
         if self.growth_limit is not None:
-            size = subspace.norm(gain * norms) * (correction1 / correction2**0.5)
-            fresh = ctx.m_step == 1 or ctx.v_step == 1
-            gain = gain * subspace.limit_growth(size, state["norm"], self.growth_limit, fresh=fresh)
+            gain = gain * subspace.limit_channels(gain * norms, state, self.betas, ctx, self.growth_limit)
         return gain * self.scale**0.5
 
     def projection(self, grad: Tensor, ctx: Context) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gossamer.optim import rules, subspace
+from gossamer.optim import rules, stores, subspace
 from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, register
 from gossamer.optim.subspace import Subspace, check_gap, check_growth, due, tall
 from gossamer.optim.sweep import Sweep
@@ -80,11 +80,12 @@ class Fira:
         view = Subspace(basis, tall(grad))
 
         low = view.down(grad)
-        psi = self._rule(low, state, ctx)
+        psi = rules.adam(*stores.adam_moments_(state, low, self.betas, ctx), self.eps)
         residual = grad.sub_(view.up(low * (self.scale if self.residual == "code" else 1.0)))
         gain = subspace.channel_gain(psi, low)
         if self.growth_limit is not None:
-            gain = gain * self._limit(gain * view.channel_norms(residual), state, ctx)
+            norms = gain * view.channel_norms(residual)
+            gain = gain * subspace.limit_channels(norms, state, self.betas, ctx, self.growth_limit)
         return residual.mul_(view.along(gain)).add_(view.up(psi * self.scale))
 
     def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
@@ -93,7 +94,7 @@ class Fira:
             basis.copy_(subspace.refreshed(basis, sweep.whole(bound), ctx, self.refresh))
         view = Subspace(basis, tall(ctx.param))
         low = view.down_rows(sweep)
-        psi = self._rule(low, state, ctx)
+        psi = rules.adam(*stores.adam_moments_(state, low, self.betas, ctx), self.eps)
         taken = low * (self.scale if self.residual == "code" else 1.0)
 
         gain = subspace.channel_gain(psi, low)
@@ -101,21 +102,7 @@ class Fira:
             sums = torch.zeros_like(gain)
             for rows, grad in sweep.tiles(bound):
                 subspace.squares_(sums, rows, view.up_rows_(grad, -taken, rows), view.tall)
-            gain = gain * self._limit(gain * sums.sqrt_(), state, ctx)
+            gain = gain * subspace.limit_channels(gain * sums.sqrt_(), state, self.betas, ctx, self.growth_limit)
         along, thin = view.along(gain).expand(sweep.shape), psi * self.scale - taken * gain  # both products in one
         for rows, grad in sweep.tiles(bound):
             sweep.descend(rows, view.up_rows_(grad.mul_(along[rows]), thin, rows))
-
-    def _rule(self, low: Tensor, state: State, ctx: Context) -> Tensor:
-        """Adam's direction of a projected gradient, l x r. Advances the moments."""
-        beta1, beta2 = self.betas
-        m = state["m"].lerp_(low, 1 - beta1)
-        v = state["v"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
-        return rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps)
-
-    def _limit(self, norms: Tensor, state: State, ctx: Context) -> Tensor:
-        """The limiter's factor for a residual whose channels have these norms; its size is without bias correction."""
-        assert self.growth_limit is not None
-        size = subspace.norm(norms) * ((1 - self.betas[0] ** ctx.m_step) / (1 - self.betas[1] ** ctx.v_step) ** 0.5)
-        fresh = ctx.m_step == 1 or ctx.v_step == 1
-        return subspace.limit_growth(size, state["norm"], self.growth_limit, fresh=fresh)

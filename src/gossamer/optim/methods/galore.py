@@ -81,16 +81,11 @@ class GaLore:
             basis.copy_(subspace.refreshed(basis, whole, ctx, self.refresh))
         view = Subspace(basis, tall(ctx.param))
         normal = self._rule(view.down_rows(sweep), state, ctx)
-        for rows in sweep.rows():
-            sweep.descend(rows, view.up_rows_(sweep.buffer("direction", rows), normal, rows, beta=0))
+        view.descend(sweep, normal)
 
     def _rule(self, low: Tensor, state: State, ctx: Context) -> Tensor:
         """Adam's scaled direction of a projected gradient, l x r. Advances the moments."""
-        beta1, beta2 = self.betas
-        m = stores.read(state, "m").lerp_(low, 1 - beta1)
-        v = stores.read(state, "v").mul_(beta2).addcmul_(low, low, value=1 - beta2)
-        stores.write_(state, m=m, v=v)
-        return rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps) * self.scale
+        return rules.adam(*stores.adam_moments_(state, low, self.betas, ctx), self.eps) * self.scale
 
     def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What `m` stands for under the projector at hand, bias-corrected: estimates E g. `v` is of other entries."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gossamer.errors import UserError
-from gossamer.optim import rules, subspace
+from gossamer.optim import rules, stores, subspace
 from gossamer.optim.contract import Context, State, check_adam, check_rank, register
 from gossamer.optim.subspace import Subspace, check_gap, due, tall
 from gossamer.optim.sweep import Sweep
@@ -84,8 +84,7 @@ class GoLore:
             self._refresh(sweep.whole(rules.projected_bound(sweep.dtype)), state, ctx)
         view = Subspace(state["basis"], tall(ctx.param))
         normal = self._rule(view.down_rows(sweep), state, ctx)
-        for rows in sweep.rows():
-            sweep.descend(rows, view.up_rows_(sweep.buffer("direction", rows), normal, rows, beta=0))
+        view.descend(sweep, normal)
 
     def _refresh(self, grad: Tensor, state: State, ctx: Context) -> None:
         basis, m = state["basis"], state["m"]
@@ -95,10 +94,7 @@ class GoLore:
 
     def _rule(self, low: Tensor, state: State, ctx: Context) -> Tensor:
         """Adam's scaled direction of a projected gradient, l x r. Advances the moments."""
-        beta1, beta2 = self.betas
-        m = state["m"].lerp_(low, 1 - beta1)
-        v = state["v"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
-        return rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps) * self.scale
+        return rules.adam(*stores.adam_moments_(state, low, self.betas, ctx), self.eps) * self.scale
 
     def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What `m` stands for under the projector at hand, bias-corrected: estimates E g. `v` is of other entries."""

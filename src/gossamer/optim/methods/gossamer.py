@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gossamer import linalg
 from gossamer.errors import UserError
 from gossamer.optim import factors, rules, stores
 from gossamer.optim.contract import (
@@ -82,20 +81,19 @@ class Tracker:
         """
         b, a, tail = state["m_B"], state["m_A"], self.tail * (mass - own)
         bound = rules.gradient_bound(sweep.dtype, b.shape[0] * a.shape[1])
-        inside, known = torch.empty_like(b), torch.zeros_like(a)
+        follow, known = factors.Follow(b, a, w, decay), torch.zeros_like(a)
         for rows, grad in sweep.tiles(bound):
-            torch.mm(grad, w.mT, out=inside[rows])
+            follow.see(rows, grad)
             known.addmm_(b[rows].mT, grad)
             first(rows, grad)
         between()
-        new_b = linalg.orthonormalize(torch.addmm(inside, b, a @ w.mT, beta=1 - decay, alpha=decay))
-        new_a = (new_b.mT @ b @ a).mul_(decay)
+        follow.turn()
         thin = past * a - tail * (known - (known @ w.mT) @ w)
         for rows, grad in sweep.tiles(bound):
-            new_a.addmm_(new_b[rows].mT, grad, alpha=1 - decay)
+            follow.see_again(rows, grad)
             m = torch.addmm(grad, b[rows], thin, beta=own + tail, out=sweep.buffer("m", rows))
-            last(rows, grad, m.addmm_(inside[rows], w, alpha=-tail))
-        return new_b, new_a
+            last(rows, grad, m.addmm_(follow.inside[rows], w, alpha=-tail))
+        return follow.factors()
 
 
 @register("gossamer", paper=PAPER, quick={"lr": 4e-4, "rank": 32})
@@ -221,31 +219,27 @@ class Second:
             mean = state["v_rows"].mean().clamp_min(torch.finfo(sweep.dtype).tiny)
             self.scaled = state["v_rows"] / mean
         elif self.kind != "dense":
-            self.decay = beta2 if self.kind == "square" else beta2**0.5
-            self.w = factors.frame(state, "v", ctx.generator)
-            self.inside = torch.empty_like(state["v_B"])
-            self.below, self.count = (torch.zeros((), dtype=sweep.dtype, device=self.w.device) for _ in range(2))
+            w, decay = factors.frame(state, "v", ctx.generator), beta2 if self.kind == "square" else beta2**0.5
+            self.follow = factors.Follow(state["v_B"], state["v_A"], w, decay)
+            self.negative = factors.Floor(w)
 
     def see(self, rows: slice, grad: Tensor) -> None:
         """The first time; `grad` is kept."""
+        if self.kind == "dense":
+            return
         target = self._target(rows, grad)
         if self.kind == "rows-columns":
             self.rows[rows] = target.mean(1)
             self.columns += target.sum(0)
-        elif self.kind != "dense":
-            torch.mm(target, self.w.mT, out=self.inside[rows])
-            if self.kind == "square":  # what `factors.nonnegative` takes the mean of
-                tracked = torch.mm(self.state["v_B"][rows], self.state["v_A"], out=target)
-                self.count += (tracked < 0).sum()
-                self.below -= tracked.clamp_max_(0).sum()
+            return
+        self.follow.see(rows, target)
+        if self.kind == "square":
+            self.negative.see(torch.mm(self.state["v_B"][rows], self.state["v_A"], out=target))
 
     def turn(self) -> None:
         if self.kind in ("square", "absolute"):
-            b, a = self.state["v_B"], self.state["v_A"]
-            y = torch.addmm(self.inside, b, a @ self.w.mT, beta=1 - self.decay, alpha=self.decay)
-            self.new_b = linalg.orthonormalize(y)
-            self.new_a = (self.new_b.mT @ b @ a).mul_(self.decay)
-            self.floor = self.below / self.count.clamp_min(1)
+            self.follow.turn()
+            self.floor = self.negative.mean()
 
     def take(self, rows: slice, grad: Tensor) -> Tensor:
         """The second time: the bias-corrected second moment of these rows, a buffer. Overwrites `grad`."""
@@ -258,15 +252,12 @@ class Second:
             v.mul_(self.method.betas[1]).addcmul_(grad, grad, value=1 - self.method.betas[1])
         else:
             torch.mm(self.state["v_B"][rows], self.state["v_A"], out=past)
-            self.new_a.addmm_(self.new_b[rows].mT, self._target(rows, grad), alpha=1 - self.decay)
+            self.follow.see_again(rows, self._target(rows, grad))
             if self.kind == "square":
                 torch.where(past < 0, self.floor, past, out=past).div_(self.past_mass)
             else:
-                past.div_(self.past_mass_of_magnitudes()).square_()
+                past.div_(1 - self.method.betas[1] ** (max(self.ctx.v_step - 1, 1) / 2)).square_()
         return past.mul_(1 - self.own).add_(grad.square_(), alpha=self.own)
-
-    def past_mass_of_magnitudes(self) -> float:
-        return 1 - self.method.betas[1] ** (max(self.ctx.v_step - 1, 1) / 2)
 
     def new(self) -> dict[str, tuple[Tensor, Tensor]]:
         """New factors to keep; means are kept here."""
@@ -274,7 +265,7 @@ class Second:
             weight = 1 - self.method.betas[1]
             self.state["v_rows"].lerp_(self.rows, weight)
             self.state["v_columns"].lerp_(self.columns / len(self.rows), weight)
-        return {"v": (self.new_b, self.new_a)} if self.kind in ("square", "absolute") else {}
+        return {"v": self.follow.factors()} if self.kind in ("square", "absolute") else {}
 
     def _target(self, rows: slice, grad: Tensor) -> Tensor:
         out = self.sweep.buffer("target", rows)

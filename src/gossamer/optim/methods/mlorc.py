@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import UserError
-from gossamer.linalg import orthonormalize, randomized_svd, svd
+from gossamer.linalg import cut_rank, orthonormalize, randomized_svd
 from gossamer.optim import factors, rules, stores
 from gossamer.optim.contract import (
     Context,
@@ -95,13 +95,7 @@ class Compression:
             for name in names:
                 b[name].addmm_(q[name][rows].mT, moments[name])
             last(rows, grad, moments)
-        factors.keep_(state, **{name: self._cut(q[name], b[name]) for name in names})
-
-    def _cut(self, q: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        if len(b) <= self.rank:
-            return q, b
-        u, s, vh = svd(b)
-        return q @ u[:, : self.rank], s[: self.rank, None] * vh[: self.rank]
+        factors.keep_(state, **{name: cut_rank(q[name], b[name], self.rank) for name in names})
 
 
 @register("mlorc", paper=PAPER, quick={"lr": 4e-4, "rank": 32, "power_iterations": 1, "betas": (0.9, 0.95)})
@@ -150,12 +144,10 @@ class MLorc(Compression):
     def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
         beta1, beta2 = self.betas
         m_b, m_a, v_b, v_a = (state[key] for key in ("m_B", "m_A", "v_B", "v_A"))
-        below, count = (torch.zeros((), dtype=sweep.dtype, device=m_b.device) for _ in range(2))
-        for rows in sweep.rows():  # of what v was: what `factors.nonnegative` takes the mean of
-            v = torch.mm(v_b[rows], v_a, out=sweep.buffer("v", rows))
-            count += (v < 0).sum()
-            below -= v.clamp_max_(0).sum()
-        floor = below / count.clamp_min_(1)
+        negative = factors.Floor(v_b)
+        for rows in sweep.rows():
+            negative.see(torch.mm(v_b[rows], v_a, out=sweep.buffer("v", rows)))
+        floor = negative.mean()
 
         def tiles() -> Tiles:
             for rows, grad in sweep.tiles(rules.gradient_bound(sweep.dtype, m_b.shape[0] * m_a.shape[1])):
