@@ -21,8 +21,9 @@ FLOORS = {
     "data": 4,
     "distributed": 5,
     "optim": 5,
-    "linalg": 6,
-    "errors": 7,
+    "kernels": 6,
+    "linalg": 7,
+    "errors": 8,
 }
 
 

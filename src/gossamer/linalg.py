@@ -26,22 +26,32 @@ def damped_pinv(x: Tensor, damping: float, *, relative: bool) -> Tensor:
     Returns:
         (..., r, m); zero where X is zero.
     """
-    r, eps, tiny = x.shape[-1], torch.finfo(x.dtype).eps, torch.finfo(x.dtype).tiny
     size = x.abs().amax((-2, -1), keepdim=True)
-    # an X below the root of an absolute damping is divided by that root: the damping then stays within range
-    unit_size = size.clamp_min(tiny if relative else max(tiny, damping**0.5))
+    unit_size = damped_size(size, damping, relative=relative)
     unit = x / unit_size
-    gram = unit.mT @ unit
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    if relative:
-        shift = damping / r * trace
-    else:
-        shift = damping / unit_size / unit_size
-    shift = shift.maximum(_FLOOR * eps * trace).maximum(torch.full_like(trace, tiny**0.5))
-    eye = torch.eye(r, dtype=x.dtype, device=x.device)
-    factor, _ = torch.linalg.cholesky_ex(gram + shift * eye)
+    factor, _ = torch.linalg.cholesky_ex(damped_gram(unit.mT @ unit, unit_size, damping, relative=relative))
     inverse = torch.cholesky_solve(unit.mT, factor) / unit_size
     return torch.where(size > 0, inverse, torch.zeros_like(inverse))
+
+
+def damped_size(size: Tensor, damping: float, *, relative: bool) -> Tensor:
+    """What to divide an X with this largest magnitude by, before its Gram matrix is formed and damped."""
+    tiny = torch.finfo(size.dtype).tiny
+    # an X below the root of an absolute damping is divided by that root: the damping then stays within range
+    return size.clamp_min(tiny if relative else max(tiny, damping**0.5))
+
+
+def damped_gram(gram: Tensor, size: Tensor, damping: float, *, relative: bool) -> Tensor:
+    """`(X^T X + lambda I) / size^2`, positive definite: see `damped_pinv`.
+
+    Args:
+        gram: (..., r, r) of X / size. size: (..., 1, 1), from `damped_size`.
+    """
+    r, eps, tiny = gram.shape[-1], torch.finfo(gram.dtype).eps, torch.finfo(gram.dtype).tiny
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    shift = damping / r * trace if relative else damping / size / size
+    shift = shift.maximum(_FLOOR * eps * trace).maximum(torch.full_like(trace, tiny**0.5))
+    return gram + shift * torch.eye(r, dtype=gram.dtype, device=gram.device)
 
 
 def orthonormalize(x: Tensor) -> Tensor:
@@ -55,6 +65,30 @@ def orthonormalize(x: Tensor) -> Tensor:
     """
     q, r = torch.linalg.qr(_unit(x))
     return q * _signs(r.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)
+
+
+def cholesky_qr(x: Tensor) -> Tensor:
+    """`orthonormalize` without a Householder reflection: a few products, batched over stacks of tall matrices.
+
+    Cholesky QR, twice, with the Gram matrix in fp64 (Yamazaki, Tomov and Dongarra 2015). It never breaks down, because
+    the first columns of the identity are added to x at its rounding level. That completes the columns past its rank;
+    where it has full rank the result is `orthonormalize`'s, to rounding.
+
+    Args:
+        x: (..., m, r) with m >= r, fp32. Returns (..., m, r); all NaN for a matrix that is not finite.
+    """
+    r, eps = x.shape[-1], torch.finfo(x.dtype).eps
+    q = _unit(x)
+    q = q / torch.linalg.vector_norm(q, dim=(-2, -1), keepdim=True).clamp_min(1.0)
+    q.diagonal(dim1=-2, dim2=-1).add_(eps)
+    eye = torch.eye(r, dtype=torch.float64, device=x.device)
+    for _ in range(2):
+        wide = q.double()
+        gram = wide.mT @ wide
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        factor, _ = torch.linalg.cholesky_ex(gram + _FLOOR * torch.finfo(torch.float64).eps * trace * eye)
+        q = torch.linalg.solve_triangular(factor.mT.to(x.dtype), q, upper=True, left=False)
+    return q
 
 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -95,7 +95,7 @@ def test_checkpoints_go_either_way(name: str) -> None:
     p = nn.Parameter(half.detach().clone())
     opt = gossamer.Optimizer([{"params": [p], "method": method}], lr=1e-2, implementation="fused")
     opt.load_state_dict(saved.state_dict())
-    assert opt.plan()[0].implementation == "fused"
+    assert opt.plan()[0].implementation == "tiles"
     for grad in gradients(shape, 8)[4:]:
         p.grad = grad.double()
         opt.step()
@@ -132,9 +132,9 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("shape", [(64, 48), (48, 64)], ids=["tall", "wide"])
 @pytest.mark.parametrize("name", FUSED)
 def test_nothing_of_the_weights_size_is_made(name: str, shape: tuple[int, int]) -> None:
-    """Between refreshes: thin factors have 64 x 4 entries, a tile has 48, the weight 3,072."""
+    """Between refreshes: two thin factors side by side have 64 x 8 entries, a tile has 48, the weight 3,072."""
     p, opt = train(make(name), "fused", shape, torch.float32, range(2))
     p.grad = gradients(shape, 1)[0]
     with Largest() as largest:
         opt.step()
-    assert largest.entries <= 64 * 4
+    assert largest.entries <= 64 * 8

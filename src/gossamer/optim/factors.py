@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import isfinite
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from gossamer.linalg import orthonormalize
+from gossamer.kernels import product as thin
+from gossamer.linalg import damped_gram, damped_size, orthonormalize
 from gossamer.optim.contract import State
 from gossamer.optim.stores import arithmetic_dtype
 
@@ -37,33 +42,59 @@ def follow(b: Tensor, a: Tensor, w: Tensor, target: Tensor, decay: float) -> tup
     Args:
         b, a: factors (m, r) and (r, n). w: `frame`, (r, n). target: (m, n).
     """
-    y = torch.addmm(target @ w.mT, b, a @ w.mT, beta=1 - decay, alpha=decay)
-    new_b = orthonormalize(y)
-    return new_b, torch.addmm(new_b.mT @ target, new_b.mT @ b, a, beta=1 - decay, alpha=decay)
+    new_b = followed_b(b, a, w, target @ w.mT, decay)
+    return new_b, followed_a(new_b, b, a, new_b.mT @ target, decay)
 
 
-class Follow:
-    """`follow` of a target that comes some rows at a time, and comes twice."""
+def followed_b(b: Tensor, a: Tensor, w: Tensor, inside: Tensor, decay: float) -> Tensor:
+    """B' of `follow`, from `inside`, target W^T."""
+    return orthonormalize(torch.addmm(inside, b, a @ w.mT, beta=1 - decay, alpha=decay))
 
-    def __init__(self, b: Tensor, a: Tensor, w: Tensor, decay: float) -> None:
-        self.b, self.a, self.w, self.decay = b, a, w, decay
-        self.inside = torch.empty_like(b)
-        """`target W^T`, once all rows were seen."""
 
-    def see(self, rows: slice, target: Tensor) -> None:
-        torch.mm(target, self.w.mT, out=self.inside[rows])
+def followed_a(new_b: Tensor, b: Tensor, a: Tensor, below: Tensor, decay: float) -> Tensor:
+    """A' of `follow`, from `below`, B'^T target."""
+    return torch.addmm(below, new_b.mT @ b, a, beta=1 - decay, alpha=decay)
 
-    def turn(self) -> None:
-        """All rows were seen once; they come again."""
-        y = torch.addmm(self.inside, self.b, self.a @ self.w.mT, beta=1 - self.decay, alpha=self.decay)
-        self.new_b = orthonormalize(y)
-        self.new_a = (self.new_b.mT @ self.b @ self.a).mul_(self.decay)
 
-    def see_again(self, rows: slice, target: Tensor) -> None:
-        self.new_a.addmm_(self.new_b[rows].mT, target, alpha=1 - self.decay)
+class Damped(NamedTuple):
+    """`(X^T X + lambda I)^{-1}`: what `linalg.damped_pinv` multiplies by X^T, kept as `inverse / size^2`."""
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return self.new_b, self.new_a
+    inverse: Tensor
+    """(r, r)."""
+    size: Tensor
+    """()."""
+
+    def solve(self, y: Tensor) -> Tensor:
+        """`y (X^T X + lambda I)^{-1}`, (k, r), of a y that is a product with X; zero where X is."""
+        return thin.product(y / self.size, self.inverse).div_(self.size)
+
+
+def damped(xs: Sequence[Tensor], damping: float, *, relative: bool) -> list[Damped]:
+    """`Damped` of tall matrices of one width, factorised in one call."""
+    grams, sizes = [], []
+    for x in xs:
+        size = damped_size(torch.maximum(*_ends(x)), damping, relative=relative)
+        unit = x / size
+        grams.append(thin.product(unit.mT, unit))
+        sizes.append(size)
+    size = torch.stack(sizes)[:, None, None]
+    factors, _ = torch.linalg.cholesky_ex(damped_gram(torch.stack(grams), size, damping, relative=relative))
+    return [Damped(*pair) for pair in zip(torch.cholesky_inverse(factors), sizes, strict=True)]
+
+
+def _ends(x: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = x.aminmax()
+    return -low, high
+
+
+def largest(x: Tensor) -> float:
+    """The largest magnitude in a tensor on a CPU, read on the host; NaN if there is a NaN, 1 on the meta device."""
+    return 1.0 if x.is_meta else max(map(float, _ends(x)))
+
+
+def reach(b: Tensor, a: Tensor) -> float:
+    """No entry of B A is larger, on a CPU."""
+    return b.shape[1] * largest(b) * largest(a)
 
 
 def outside(b: Tensor, w: Tensor, target: Tensor) -> Tensor:
@@ -82,6 +113,14 @@ def keep_(state: State, **factors: tuple[Tensor, Tensor]) -> None:
     for name, (b, a) in factors.items():
         for key, factor in ((f"{name}_B", b), (f"{name}_A", a)):
             state[key].copy_(torch.where(sound, factor, state[key]))
+
+
+def put_(state: State, **factors: tuple[Tensor, Tensor]) -> None:
+    """`keep_` on a CPU, where the answer may be read on the host."""
+    if all(isfinite(reach(b, a)) for b, a in factors.values()):
+        for name, (b, a) in factors.items():
+            state[f"{name}_B"].copy_(b)
+            state[f"{name}_A"].copy_(a)
 
 
 def nonnegative(x: Tensor) -> Tensor:

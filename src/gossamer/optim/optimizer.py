@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +16,8 @@ from gossamer.errors import UserError, nearest
 from gossamer.optim import contract
 from gossamer.optim.contract import MOMENTS, Context, Method, State, hash63, moment_of
 from gossamer.optim.groups import default_fallback, refusal
-from gossamer.optim.rounding import write_
 from gossamer.optim.stores import arithmetic_dtype
-from gossamer.optim.sweep import Scratch, Sweep
+from gossamer.optim.sweep import Scratch, Sweep, Write
 
 Observer = Callable[[str, nn.Parameter, dict[str, Any], Tensor, Tensor], None]
 """A function of a parameter's name, itself, its group, the gradient (fp32 or wider, negated under `maximize`) and the
@@ -195,9 +194,20 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        alike: defaultdict[tuple[int, torch.Size], list[Sweep]] = defaultdict(list)
         for name, param, group in self.members():
-            if param.grad is not None and param.numel() > 0:  # an empty shard has nothing to step
-                self._step_parameter(name, param, group)
+            if param.grad is None or param.numel() == 0:  # an empty shard has nothing to step
+                continue
+            sweep = self._begin(name, param, group)
+            if implementation_of(param, group) == "reference":
+                self._step_by_reference(name, group, sweep)
+            elif self.observers:
+                self._step_observed(name, group, sweep)
+            else:
+                alike[id(group), param.shape].append(sweep)
+        methods = {id(group): group["method"] for group in self.param_groups}
+        for (group, _), sweeps in alike.items():
+            methods[group].step_(sweeps)
         return loss
 
     @cached_property
@@ -211,8 +221,9 @@ class Optimizer(torch.optim.Optimizer):
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 yield name, param, group
 
-    def _step_parameter(self, name: str, param: nn.Parameter, group: dict[str, Any]) -> None:
-        grad, method, lr = param.grad, group["method"], group["lr"]
+    def _begin(self, name: str, param: nn.Parameter, group: dict[str, Any]) -> Sweep:
+        """The work on one parameter. Its state is made where there is none, and counted on."""
+        grad, method = param.grad, group["method"]
         assert grad is not None
         if grad.is_sparse or grad.is_complex():
             kind = "sparse" if grad.is_sparse else "complex"
@@ -224,24 +235,25 @@ class Optimizer(torch.optim.Optimizer):
             state[counter] += 1
         step, m_step, v_step = (int(state[counter]) for counter in COUNTERS)
         generator = torch.Generator(param.device).manual_seed(hash63(group["seed"], name, step))
+        context = Context(step, m_step, v_step, group["lr"], param, generator, hash63(group["seed"], name))
+        write = Write(param, group["lr"], group["weight_decay"], group["rounding"], generator)
+        return Sweep(grad, state, context, arithmetic_dtype(param), group["maximize"], write, self._scratch)
 
-        dtype = arithmetic_dtype(param)
-        context = Context(step, m_step, v_step, lr, param, generator, hash63(group["seed"], name))
-        descend = partial(_descend, param, group, generator)
-        fused = _runs_fused(param, group)
-        if fused and not self.observers:
-            method.step_(Sweep(grad, dtype, group["maximize"], descend, self._scratch), state, context)  # pyright: ignore
-            return
-        whole = grad.to(dtype).neg() if group["maximize"] else grad.to(dtype)
-        if fused:  # who looks, looks before the write
-            direction = torch.empty_like(whole)
-            put = partial(_put, direction)
-            method.step_(Sweep(grad, dtype, group["maximize"], put, self._scratch), state, context)  # pyright: ignore
-        else:
-            direction = method.update(whole, state, context)
+    def _step_by_reference(self, name: str, group: dict[str, Any], sweep: Sweep) -> None:
+        grad = sweep.whole()
+        direction = group["method"].update(grad, sweep.state, sweep.context)
         for observe in self.observers:
-            observe(name, param, group, whole, direction)
-        descend(slice(None), direction)
+            observe(name, sweep.context.param, group, grad, direction)
+        sweep.descend(slice(None), direction)
+
+    def _step_observed(self, name: str, group: dict[str, Any], sweep: Sweep) -> None:
+        """A twin's step, written to a copy first: who looks, looks before the write."""
+        param, grad = sweep.context.param, sweep.whole()
+        copy, seen = param.clone(), torch.empty_like(grad)
+        group["method"].step_([replace(sweep, write=replace(sweep.write, weight=copy), seen=seen)])
+        for observe in self.observers:
+            observe(name, param, group, grad, seen)
+        param.copy_(copy)
 
     @torch.no_grad()
     def reset(self, names: Iterable[str] | None = None, moments: Iterable[str] = MOMENTS) -> Reset:
@@ -295,7 +307,7 @@ class Optimizer(torch.optim.Optimizer):
                         tuple(param.shape),
                         contract.entry_of(method).name,
                         getattr(method, "rank", None),
-                        "fused" if _runs_fused(param, group) else "reference",
+                        implementation_of(param, group),
                         num_bytes(method.init(meta).values()),
                         why,
                     )
@@ -355,27 +367,10 @@ class Optimizer(torch.optim.Optimizer):
             hook(self)
 
 
-def _runs_fused(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether the method's fused twin steps this parameter."""
-    return group["implementation"] == "fused" and param.ndim == 2 and hasattr(group["method"], "step_")
-
-
-def _descend(param: Tensor, group: dict[str, Any], generator: torch.Generator, rows: slice, direction: Tensor) -> None:
-    """Write rows of a parameter: decay, the step, and the rounding of a narrow one."""
-    lr, part = group["lr"], param[rows] if param.ndim else param
-    target = part if part.dtype is direction.dtype else part.to(direction.dtype)
-    if group["weight_decay"] != 0:
-        target.mul_(1 - lr * group["weight_decay"])
-    if isinstance(lr, Tensor):
-        target.sub_(direction * lr)
-    else:
-        target.sub_(direction, alpha=lr)
-    if target is not part:
-        write_(part, target, group["rounding"], generator)
-
-
-def _put(whole: Tensor, rows: slice, part: Tensor) -> None:
-    whole[rows] = part
+def implementation_of(param: Tensor, group: dict[str, Any]) -> str:
+    """How a parameter is stepped: "reference", or "tiles" by the method's twin."""
+    has_twin = param.ndim == 2 and hasattr(group["method"], "step_")
+    return "tiles" if has_twin and group["implementation"] != "reference" else "reference"
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

@@ -61,12 +61,12 @@ def fresh_norm(param: Tensor) -> State:
     return {"norm": torch.zeros((), dtype=arithmetic_dtype(param), device=param.device)}
 
 
-def squares_(sums: Tensor, rows: slice, tile: Tensor, is_tall: bool) -> None:
-    """Add the squares of some rows to those of each channel, (l, 1). Overwrites the tile."""
+def add_squares_(sums: Tensor, rows: slice, squares: Tensor, is_tall: bool) -> None:
+    """Add the squares of some rows to those of each channel, (l, 1)."""
     if is_tall:
-        sums[rows] = tile.square_().sum(1, keepdim=True)
+        sums[rows] = squares.sum(1, keepdim=True)
     else:
-        sums += tile.square_().sum(0)[:, None]
+        sums += squares.sum(0)[:, None]
 
 
 class Subspace(NamedTuple):
@@ -82,28 +82,17 @@ class Subspace(NamedTuple):
 
     def up(self, low: Tensor) -> Tensor:
         """The matrix whose coordinates are `low` (l x r), in the shape of the weight."""
-        return low @ self.basis.mT if self.tall else self.basis @ low.mT
+        left, right = self.up_factors(low)
+        return left @ right
 
-    def down_rows(self, sweep: Sweep) -> Tensor:
-        """`down` of a gradient cut by `rules.cut_projected`, some rows at a time."""
-        low = self.basis.new_zeros(max(sweep.shape), self.basis.shape[1])
-        for rows, grad in sweep.tiles(rules.projected_bound(sweep.dtype)):
-            if self.tall:
-                torch.mm(grad, self.basis, out=low[rows])
-            else:
-                low.addmm_(grad.mT, self.basis[rows])
-        return low
+    def down_sweep(self, sweep: Sweep) -> Tensor:
+        """`down` of a gradient cut by `rules.cut_projected`."""
+        bound = rules.projected_bound(sweep.dtype)
+        return sweep.right(self.basis, bound) if self.tall else sweep.left(self.basis, bound).mT.contiguous()
 
-    def up_rows_(self, tile: Tensor, low: Tensor, rows: slice, beta: float = 1.0) -> Tensor:
-        """`beta tile + up(low)[rows]`, in the tile."""
-        if self.tall:
-            return tile.addmm_(low[rows], self.basis.mT, beta=beta)
-        return tile.addmm_(self.basis[rows], low.mT, beta=beta)
-
-    def descend(self, sweep: Sweep, low: Tensor) -> None:
-        """Hand `up(low)` to the sweep."""
-        for rows in sweep.rows():
-            sweep.descend(rows, self.up_rows_(sweep.buffer("direction", rows), low, rows, beta=0))
+    def up_factors(self, low: Tensor) -> tuple[Tensor, Tensor]:
+        """The two factors of `up`."""
+        return (low, self.basis.mT) if self.tall else (self.basis, low.mT)
 
     def along(self, gain: Tensor) -> Tensor:
         """One number for each channel (l x 1, or 1 x 1) in a shape that broadcasts over the weight."""

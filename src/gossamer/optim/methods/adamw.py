@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from gossamer.optim import rules, stores
+from gossamer.optim.batch import Batch, fits
 from gossamer.optim.contract import Context, State, check_adam, register
 
 
@@ -47,6 +49,23 @@ class AdamW:
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         return rules.adam(*stores.adam_moments_(state, rules.cut_gradient(grad), self.betas, ctx), self.eps)
+
+    def can_launch(self, param: Tensor) -> bool:
+        return fits(param) and self.state_bits == 32 and self.eps > 0
+
+    def launch_(self, batch: Batch) -> None:
+        from gossamer.kernels.adamw import step
+
+        gain = 1 / (1 - self.betas[0] ** batch.counter("m_step"))
+        spread = (1 - self.betas[1] ** batch.counter("v_step")) ** -0.5
+        step(
+            batch.tables,
+            batch.pointers(batch.of("m")),
+            batch.pointers(batch.of("v")),
+            batch.numbers(batch.sign, gain, spread, self.eps, batch.decay, batch.rates, batch.seeds),
+            self.betas,
+            rules.gradient_bound(torch.float32, batch.params[0].numel()),
+        )
 
     def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What the state stands for, bias-corrected: estimates of E g and E g^2."""

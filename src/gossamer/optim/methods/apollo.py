@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,15 +76,16 @@ class Apollo:
         gain = self._gain(view.down(grad), view.channel_norms(grad), state, ctx)
         return grad.mul_(view.along(gain))
 
-    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
-        like = sweep.grad.new_empty((), dtype=sweep.dtype).expand(sweep.shape)
-        view, bound = Subspace(self.projection(like, ctx), tall(like)), rules.projected_bound(sweep.dtype)
-        low, sums = view.down_rows(sweep), like.new_zeros(max(sweep.shape), 1)
-        for rows, grad in sweep.tiles(bound):
-            subspace.squares_(sums, rows, grad, view.tall)
-        along = view.along(self._gain(low, sums.sqrt_(), state, ctx)).expand(sweep.shape)
-        for rows, grad in sweep.tiles(bound):
-            sweep.descend(rows, grad.mul_(along[rows]))
+    def step_(self, sweeps: Sequence[Sweep]) -> None:
+        for sweep in sweeps:
+            like = sweep.grad.new_empty((), dtype=sweep.dtype).expand(sweep.shape)
+            view, bound = Subspace(self.projection(like, sweep.context), tall(like)), rules.projected_bound(sweep.dtype)
+            low, sums = view.down_sweep(sweep), like.new_zeros(max(sweep.shape), 1)
+            if self.growth_limit is not None:
+                for rows, grad in sweep.gradients(bound):
+                    subspace.add_squares_(sums, rows, grad.square(), view.tall)
+            gain = self._gain(low, sums.sqrt_(), sweep.state, sweep.context)
+            sweep.descend_sum(None, view.along(gain), bound)
 
     def _gain(self, low: Tensor, norms: Tensor, state: State, ctx: Context) -> Tensor:
         """What each channel of the gradient is multiplied by, l x 1 or 1 x 1. Advances the moments and the limiter.

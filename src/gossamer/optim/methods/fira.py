@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from gossamer.kernels.product import product
 from gossamer.optim import rules, stores, subspace
 from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, register
 from gossamer.optim.subspace import Subspace, check_gap, check_growth, due, tall
@@ -88,21 +90,22 @@ class Fira:
             gain = gain * subspace.limit_channels(norms, state, self.betas, ctx, self.growth_limit)
         return residual.mul_(view.along(gain)).add_(view.up(psi * self.scale))
 
-    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
-        basis, bound = state["basis"], rules.projected_bound(sweep.dtype)
-        if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
-            basis.copy_(subspace.refreshed(basis, sweep.whole(bound), ctx, self.refresh))
-        view = Subspace(basis, tall(ctx.param))
-        low = view.down_rows(sweep)
-        psi = rules.adam(*stores.adam_moments_(state, low, self.betas, ctx), self.eps)
-        taken = low * (self.scale if self.residual == "code" else 1.0)
+    def step_(self, sweeps: Sequence[Sweep]) -> None:
+        for sweep in sweeps:
+            state, ctx, bound = sweep.state, sweep.context, rules.projected_bound(sweep.dtype)
+            if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
+                whole = sweep.whole(bound)
+                state["basis"].copy_(subspace.refreshed(state["basis"], whole, ctx, self.refresh))
+            view = Subspace(state["basis"], tall(ctx.param))
+            low = view.down_sweep(sweep)
+            psi = rules.adam(*stores.adam_moments_(state, low, self.betas, ctx), self.eps)
+            taken = low * (self.scale if self.residual == "code" else 1.0)
 
-        gain = subspace.channel_gain(psi, low)
-        if self.growth_limit is not None:
-            sums = torch.zeros_like(gain)
-            for rows, grad in sweep.tiles(bound):
-                subspace.squares_(sums, rows, view.up_rows_(grad, -taken, rows), view.tall)
-            gain = gain * subspace.limit_channels(gain * sums.sqrt_(), state, self.betas, ctx, self.growth_limit)
-        along, thin = view.along(gain).expand(sweep.shape), psi * self.scale - taken * gain  # both products in one
-        for rows, grad in sweep.tiles(bound):
-            sweep.descend(rows, view.up_rows_(grad.mul_(along[rows]), thin, rows))
+            gain = subspace.channel_gain(psi, low)
+            if self.growth_limit is not None:
+                sums, (left, right) = torch.zeros_like(gain), view.up_factors(-taken)
+                for rows, grad in sweep.gradients(bound):
+                    subspace.add_squares_(sums, rows, product(left[rows], right).add_(grad).square_(), view.tall)
+                gain = gain * subspace.limit_channels(gain * sums.sqrt_(), state, self.betas, ctx, self.growth_limit)
+            # gain (G - P taken) + P psi: both products in one
+            sweep.descend_sum(view.up_factors(psi * self.scale - taken * gain), view.along(gain), bound)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,14 +75,14 @@ class GaLore:
         view = Subspace(basis, tall(grad))
         return view.up(self._rule(view.down(grad), state, ctx))
 
-    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
-        basis = state["basis"]
-        if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
-            whole = sweep.whole(rules.projected_bound(sweep.dtype))
-            basis.copy_(subspace.refreshed(basis, whole, ctx, self.refresh))
-        view = Subspace(basis, tall(ctx.param))
-        normal = self._rule(view.down_rows(sweep), state, ctx)
-        view.descend(sweep, normal)
+    def step_(self, sweeps: Sequence[Sweep]) -> None:
+        for sweep in sweeps:
+            state, ctx = sweep.state, sweep.context
+            if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
+                whole = sweep.whole(rules.projected_bound(sweep.dtype))
+                state["basis"].copy_(subspace.refreshed(state["basis"], whole, ctx, self.refresh))
+            view = Subspace(state["basis"], tall(ctx.param))
+            sweep.descend_sum(view.up_factors(self._rule(view.down_sweep(sweep), state, ctx)))
 
     def _rule(self, low: Tensor, state: State, ctx: Context) -> Tensor:
         """Adam's scaled direction of a projected gradient, l x r. Advances the moments."""

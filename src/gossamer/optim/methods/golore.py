@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -79,12 +80,13 @@ class GoLore:
         view = Subspace(state["basis"], tall(grad))
         return view.up(self._rule(view.down(grad), state, ctx))
 
-    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
-        if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
-            self._refresh(sweep.whole(rules.projected_bound(sweep.dtype)), state, ctx)
-        view = Subspace(state["basis"], tall(ctx.param))
-        normal = self._rule(view.down_rows(sweep), state, ctx)
-        view.descend(sweep, normal)
+    def step_(self, sweeps: Sequence[Sweep]) -> None:
+        for sweep in sweeps:
+            state, ctx = sweep.state, sweep.context
+            if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
+                self._refresh(sweep.whole(rules.projected_bound(sweep.dtype)), state, ctx)
+            view = Subspace(state["basis"], tall(ctx.param))
+            sweep.descend_sum(view.up_factors(self._rule(view.down_sweep(sweep), state, ctx)))
 
     def _refresh(self, grad: Tensor, state: State, ctx: Context) -> None:
         basis, m = state["basis"], state["m"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from gossamer.errors import UserError
+from gossamer.kernels.product import product
 from gossamer.optim import factors, rules, stores
+from gossamer.optim.batch import Batch, fits
 from gossamer.optim.contract import (
     Context,
     State,
@@ -22,6 +24,9 @@ from gossamer.optim.contract import (
     register,
 )
 from gossamer.optim.sweep import Sweep
+
+if TYPE_CHECKING:
+    from gossamer.optim.passes import Moment, Passes
 
 PAPER = "this project, docs/methods/gossamer.md"
 SECOND = ("rows-columns", "square", "absolute", "dense")
@@ -59,41 +64,55 @@ class Tracker:
     def follow_(
         self,
         sweep: Sweep,
-        state: State,
         w: Tensor,
         *,
         past: float,
         own: float,
         mass: float,
         decay: float,
-        first: Callable[[slice, Tensor], None],
-        between: Callable[[], None],
+        first: Callable[[slice, Tensor], None] | None,
         last: Callable[[slice, Tensor, Tensor], None],
     ) -> tuple[Tensor, Tensor]:
-        """`blend` and `factors.follow` in two passes over the gradient. Returns the new factors.
+        """`blend` and `factors.follow` in two passes over the gradient, on a CPU. Returns the new factors.
 
-        With C = B^T g, known after the first pass, `blend` is
-        (own + t) g + B (past A - t C + t (C W^T) W) - t (g W^T) W,    t = tail (mass - own).
+        With C = B^T g, known after the first pass, and t = tail (mass - own), `blend` over own + t is
+        g + [B (past A - t C + t (C W^T) W) - t (g W^T) W] / (own + t).
 
         Args:
-            first: sees every tile of the gradient. between: called after the first pass.
-            last: takes rows, their gradient and their momentum; it may overwrite both.
+            first: sees every tile of the gradient, in the first pass.
+            last: takes rows, their gradient, and their `blend` over own + t without g, which it may overwrite.
         """
-        b, a, tail = state["m_B"], state["m_A"], self.tail * (mass - own)
-        bound = rules.gradient_bound(sweep.dtype, b.shape[0] * a.shape[1])
-        follow, known = factors.Follow(b, a, w, decay), torch.zeros_like(a)
-        for rows, grad in sweep.tiles(bound):
-            follow.see(rows, grad)
-            known.addmm_(b[rows].mT, grad)
-            first(rows, grad)
-        between()
-        follow.turn()
-        thin = past * a - tail * (known - (known @ w.mT) @ w)
-        for rows, grad in sweep.tiles(bound):
-            follow.see_again(rows, grad)
-            m = torch.addmm(grad, b[rows], thin, beta=own + tail, out=sweep.buffer("m", rows))
-            last(rows, grad, m.addmm_(follow.inside[rows], w, alpha=-tail))
-        return follow.factors()
+        b, a, tail = sweep.state["m_B"], sweep.state["m_A"], self.tail * (mass - own)
+        bound = rules.gradient_bound(sweep.dtype, sweep.grad.numel())
+        r, weight = b.shape[1], own + tail
+        both = torch.cat([b, sweep.right(w.mT, bound)], 1)  # B and g W^T, (m, 2r)
+        known = sweep.left(b, bound)
+        if first is not None:
+            for rows, grad in sweep.gradients(bound):
+                first(rows, grad)
+        new_b = factors.followed_b(b, a, w, both[:, r:], decay)
+        new_a = factors.followed_a(new_b, b, a, sweep.left(new_b, bound), decay)
+        thin = torch.cat([past * a - tail * (known - product(product(known, w.mT), w)), -tail * w]).div_(weight)
+        for rows, grad in sweep.gradients(bound):
+            last(rows, grad, product(both[rows], thin))
+        return new_b, new_a
+
+    def follow_launch_(
+        self, batch: Batch, second: str, *, m: Moment, v: Moment | None, rest: float | Tensor, eps: float = 0.0
+    ) -> Passes:
+        """`blend` and `factors.follow` of all matrices at once; the weights are written on the way.
+
+        Args:
+            rest: the weight (mass - own) that a tail of one would have, over the mass.
+        """
+        from gossamer.optim.passes import Passes
+
+        tail = None if self.tail == 0 else self.tail * batch.sign * rest
+        passes = Passes(batch, second, m=m, v=v, eps=eps, tail=tail)
+        b = passes.basis(passes.frames())
+        a = passes.project(b, step=True)
+        batch.keep_(**{name: (b[name], a[name]) for name in b})
+        return passes
 
 
 @register("gossamer", paper=PAPER, quick={"lr": 4e-4, "rank": 32})
@@ -175,30 +194,42 @@ class Gossamer(Tracker):
             return factors.nonnegative(tracked).div_(1 - beta2**steps)
         return tracked.div_(1 - beta2 ** (steps / 2)).square_()
 
-    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
-        beta1, mass = self.betas[0], 1 - self.betas[0] ** ctx.m_step
-        w = factors.frame(state, "m", ctx.generator)
-        second = Second(self, sweep, state, ctx)
+    def step_(self, sweeps: Sequence[Sweep]) -> None:
+        for sweep in sweeps:
+            beta1, ctx = self.betas[0], sweep.context
+            mass = 1 - beta1**ctx.m_step
+            w, second = factors.frame(sweep.state, "m", ctx.generator), Second(self, sweep)
+            # the direction is gain (m + g) / (sqrt(v + g^2) + eps)
+            spread, weight = second.own**-0.5, 1 - beta1 + self.tail * (mass - (1 - beta1))
 
-        def last(rows: slice, grad: Tensor, m: Tensor) -> None:
-            v = second.take(rows, grad)
-            sweep.descend(rows, rules.cut_direction_(rules.adam(m.div_(mass), v, self.eps)))
+            def last(rows: slice, grad: Tensor, m: Tensor) -> None:
+                v = second.take(rows, grad)
+                reach = max(factors.largest(m), factors.largest(v) ** 0.5)
+                sweep.descend_adam(rows, grad, m, v, gain=weight / mass * spread, eps=self.eps * spread, reach=reach)
 
-        new = {
-            "m": self.follow_(
-                sweep,
-                state,
-                w,
-                past=beta1,
-                own=1 - beta1,
-                mass=mass,
-                decay=beta1,
-                first=second.see,
-                between=second.turn,
-                last=last,
+            new = self.follow_(
+                sweep, w, past=beta1, own=1 - beta1, mass=mass, decay=beta1, first=second.see, last=last
             )
-        }
-        factors.keep_(state, **new, **second.new())
+            factors.put_(sweep.state, m=new, **second.new())
+
+    def can_launch(self, param: Tensor) -> bool:
+        # an eps of nothing would show that the hardware's root flushes tiny numbers to zero
+        return fits(param, min(self.rank, *param.shape)) and self.second != "dense" and self.eps > 0
+
+    def launch_(self, batch: Batch) -> None:
+        from gossamer.optim.passes import Moment
+
+        (beta1, beta2), sign = self.betas, batch.sign
+        mass, t = 1 - beta1 ** batch.counter("m_step"), batch.counter("v_step")
+        own, before = (1 - beta2) / (1 - beta2**t), (t - 1).clamp_min(1)
+        if self.second == "absolute":
+            v = Moment((1 - own) ** 0.5 / (1 - beta2 ** (before / 2)), own, beta2**0.5, 1 - beta2**0.5)
+        else:
+            v = Moment((1 - own) / (1 - beta2**before), own, beta2, 1 - beta2**t)
+        m = Moment(beta1 / mass, sign * (1 - beta1) / mass, beta1, sign * (1 - beta1))
+        passes = self.follow_launch_(batch, self.second, m=m, v=v, rest=1 - (1 - beta1) / mass, eps=self.eps)
+        if self.second == "rows-columns":
+            passes.follow_means_(beta2)
 
     def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What the state stands for after that many steps, bias-corrected: estimates of E g and E g^2."""
@@ -207,57 +238,56 @@ class Gossamer(Tracker):
 
 
 class Second:
-    """The second moment of a step that sees the gradient twice, some rows at a time."""
+    """The second moment of a step that sees the gradient twice, some rows at a time, on a CPU."""
 
-    def __init__(self, method: Gossamer, sweep: Sweep, state: State, ctx: Context) -> None:
-        self.method, self.sweep, self.state, self.ctx = method, sweep, state, ctx
-        beta2, t = method.betas[1], ctx.v_step
-        self.own, self.past_mass = (1 - beta2) / (1 - beta2**t), 1 - beta2 ** max(t - 1, 1)
-        self.kind = method.second
+    def __init__(self, method: Gossamer, sweep: Sweep) -> None:
+        self.method, self.sweep, self.state, self.kind = method, sweep, sweep.state, method.second
+        ctx, beta2, state = sweep.context, method.betas[1], sweep.state
+        self.own, before = (1 - beta2) / (1 - beta2**ctx.v_step), max(ctx.v_step - 1, 1)
+        decay = beta2**0.5 if self.kind == "absolute" else beta2
+        past = (1 - self.own) / self.own / (1 - decay**before) ** (2 if self.kind == "absolute" else 1)
+        self.past = past
+        """The bias-corrected second moment is own (past history + g^2)."""
         if self.kind == "rows-columns":
             self.rows, self.columns = (torch.zeros_like(state[key]) for key in ("v_rows", "v_columns"))
             mean = state["v_rows"].mean().clamp_min(torch.finfo(sweep.dtype).tiny)
-            self.scaled = state["v_rows"] / mean
+            self.scaled = state["v_rows"] / mean * past
         elif self.kind != "dense":
-            w, decay = factors.frame(state, "v", ctx.generator), beta2 if self.kind == "square" else beta2**0.5
-            self.follow = factors.Follow(state["v_B"], state["v_A"], w, decay)
-            self.negative = factors.Floor(w)
+            self.b, self.a, self.decay = state["v_B"], state["v_A"], decay
+            self.w = factors.frame(state, "v", ctx.generator)
+            self.inside, self.below = torch.empty_like(self.b), torch.zeros_like(self.a)
+            self.new_b: Tensor | None = None
+            self.floor = factors.Floor(self.w)
 
     def see(self, rows: slice, grad: Tensor) -> None:
         """The first time; `grad` is kept."""
         if self.kind == "dense":
             return
-        target = self._target(rows, grad)
+        target = self._target(grad)
         if self.kind == "rows-columns":
             self.rows[rows] = target.mean(1)
             self.columns += target.sum(0)
             return
-        self.follow.see(rows, target)
+        self.inside[rows] = product(target, self.w.mT)
         if self.kind == "square":
-            self.negative.see(torch.mm(self.state["v_B"][rows], self.state["v_A"], out=target))
-
-    def turn(self) -> None:
-        if self.kind in ("square", "absolute"):
-            self.follow.turn()
-            self.floor = self.negative.mean()
+            self.floor.see(product(self.b[rows], self.a))
 
     def take(self, rows: slice, grad: Tensor) -> Tensor:
-        """The second time: the bias-corrected second moment of these rows, a buffer. Overwrites `grad`."""
-        past = self.sweep.buffer("v", rows)
+        """The second time: `past history` of these rows. `grad` is kept."""
         if self.kind == "rows-columns":
-            torch.outer(self.scaled[rows], self.state["v_columns"], out=past).div_(self.past_mass)
-        elif self.kind == "dense":
+            return torch.outer(self.scaled[rows], self.state["v_columns"])
+        if self.kind == "dense":
             v = self.state["v"][rows]
-            torch.div(v, self.past_mass, out=past)
+            history = v * self.past
             v.mul_(self.method.betas[1]).addcmul_(grad, grad, value=1 - self.method.betas[1])
-        else:
-            torch.mm(self.state["v_B"][rows], self.state["v_A"], out=past)
-            self.follow.see_again(rows, self._target(rows, grad))
-            if self.kind == "square":
-                torch.where(past < 0, self.floor, past, out=past).div_(self.past_mass)
-            else:
-                past.div_(1 - self.method.betas[1] ** (max(self.ctx.v_step - 1, 1) / 2)).square_()
-        return past.mul_(1 - self.own).add_(grad.square_(), alpha=self.own)
+            return history
+        if self.new_b is None:
+            self.new_b = factors.followed_b(self.b, self.a, self.w, self.inside, self.decay)
+        self.below += product(self.new_b[rows].mT, self._target(grad))
+        history = product(self.b[rows], self.a)
+        if self.kind == "absolute":
+            return history.square_().mul_(self.past)
+        return torch.where(history < 0, self.floor.mean(), history).mul_(self.past)
 
     def new(self) -> dict[str, tuple[Tensor, Tensor]]:
         """New factors to keep; means are kept here."""
@@ -265,11 +295,13 @@ class Second:
             weight = 1 - self.method.betas[1]
             self.state["v_rows"].lerp_(self.rows, weight)
             self.state["v_columns"].lerp_(self.columns / len(self.rows), weight)
-        return {"v": self.follow.factors()} if self.kind in ("square", "absolute") else {}
+        if self.kind not in ("square", "absolute"):
+            return {}
+        assert self.new_b is not None
+        return {"v": (self.new_b, factors.followed_a(self.new_b, self.b, self.a, self.below, self.decay))}
 
-    def _target(self, rows: slice, grad: Tensor) -> Tensor:
-        out = self.sweep.buffer("target", rows)
-        return torch.abs(grad, out=out) if self.kind == "absolute" else torch.square(grad, out=out)
+    def _target(self, grad: Tensor) -> Tensor:
+        return grad.abs() if self.kind == "absolute" else grad.square()
 
 
 @register("gossamer-lion", paper=PAPER, quick={"lr": 2e-4, "rank": 32})
@@ -303,21 +335,28 @@ class GossamerLion(Tracker):
         factors.keep_(state, m=factors.follow(state["m_B"], state["m_A"], w, grad, beta2))
         return direction
 
-    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
+    def step_(self, sweeps: Sequence[Sweep]) -> None:
         beta1, beta2 = self.betas
-        new = self.follow_(
-            sweep,
-            state,
-            factors.frame(state, "m", ctx.generator),
-            past=beta1,
-            own=1 - beta1,
-            mass=1 - beta1 * beta2 ** (ctx.m_step - 1),
-            decay=beta2,
-            first=lambda rows, grad: None,
-            between=lambda: None,
-            last=lambda rows, grad, m: sweep.descend(rows, m.sign_()),
-        )
-        factors.keep_(state, m=new)
+        for sweep in sweeps:
+            mass = 1 - beta1 * beta2 ** (sweep.context.m_step - 1)
+
+            def last(rows: slice, grad: Tensor, m: Tensor) -> None:
+                sweep.descend(rows, m.add_(grad).sign_())
+
+            w = factors.frame(sweep.state, "m", sweep.context.generator)
+            new = self.follow_(sweep, w, past=beta1, own=1 - beta1, mass=mass, decay=beta2, first=None, last=last)
+            factors.put_(sweep.state, m=new)
+
+    def can_launch(self, param: Tensor) -> bool:
+        return fits(param, min(self.rank, *param.shape))
+
+    def launch_(self, batch: Batch) -> None:
+        from gossamer.optim.passes import Moment
+
+        (beta1, beta2), sign = self.betas, batch.sign
+        m = Moment(beta1, sign * (1 - beta1), beta2, sign * (1 - beta2))
+        rest = beta1 * (1 - beta2 ** (batch.counter("m_step") - 1))
+        self.follow_launch_(batch, "none", m=m, v=None, rest=rest)
 
 
 @register("gossamer-muon", paper=PAPER, quick={"lr": 5e-3, "rank": 32})

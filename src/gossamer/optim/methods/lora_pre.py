@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gossamer.errors import UserError
+from gossamer.kernels.product import product
 from gossamer.linalg import damped_pinv
 from gossamer.optim import factors, rules, stores
+from gossamer.optim.batch import Batch, fits
 from gossamer.optim.contract import (
     Context,
     State,
@@ -21,8 +25,10 @@ from gossamer.optim.contract import (
     entry_of,
     register,
 )
+from gossamer.optim.factors import Damped
 from gossamer.optim.sweep import Sweep
 
+Number = float | Tensor
 PAPER = "Wang et al., Taming Momentum, ICLR 2026, arXiv 2602.24283"
 
 
@@ -67,6 +73,9 @@ class Regression:
             if step == 1:
                 state[f"{name}_A"].normal_(0.0, self.init_std, generator=ctx.generator)
 
+    def damped(self, xs: Sequence[Tensor]) -> list[Damped]:
+        return factors.damped(xs, self.damping, relative=self.damping_mode == "relative")
+
     def advance_(self, state: State, **targets: tuple[Tensor, float]) -> None:
         """One step of the named moments towards (target, gamma)."""
         relative, new = self.damping_mode == "relative", {}
@@ -79,38 +88,34 @@ class Regression:
         factors.keep_(state, **new)
 
 
+@dataclass
 class Fit:
-    """`Regression.advance_` of one moment whose target comes some rows at a time."""
+    """One step of a moment B A towards a target T, of which only thin products are known, on a CPU."""
 
-    def __init__(self, method: Regression, state: State, name: str, gamma: float) -> None:
-        self.method, self.gamma = method, gamma
-        self.b, self.a = state[f"{name}_B"], state[f"{name}_A"]
-        self.solve = self._pinv(self.a.mT).mT
-        self.new_b, self.new_a = torch.empty_like(self.b), torch.zeros_like(self.a)
-        self.largest = torch.zeros((), dtype=self.b.dtype, device=self.b.device)
-        self.basis = None if method.updates == "sequential" else self._pinv(self.b)
+    b: Tensor
+    a: Tensor
+    gamma: float
+    right: Damped
+    """Of A^T."""
+    left: Damped | None
+    """Of what B^T T is taken with; None until it is known."""
+    inside: Tensor
+    """T A^T, (m, r); once solved, what B moves towards."""
+    below: Tensor
+    """B^T T, (r, n), with the old B or the new one; once solved, what A moves towards."""
 
-    def _pinv(self, x: Tensor) -> Tensor:
-        return damped_pinv(x, self.method.damping, relative=self.method.damping_mode == "relative")
+    def solve_(self) -> bool:
+        """Whether the products, divided by the Gram matrices, are finite."""
+        assert self.left is not None
+        self.inside, self.below = self.right.solve(self.inside), self.left.solve(self.below.mT).mT
+        return isfinite(factors.reach(self.inside, self.below))
 
-    def see(self, rows: slice, target: Tensor, magnitude: Tensor) -> None:
-        torch.mm(target, self.solve, out=self.new_b[rows])
-        self.largest = self.largest.maximum(magnitude.amax())
-        if self.basis is not None:
-            self.new_a.addmm_(self.basis[:, rows], target)
-
-    def turn(self) -> None:
-        """Fit A to the new B from here on: the target is seen once more."""
-        self.basis = self._pinv(self.b.lerp(self.new_b, self.gamma))
-
-    def see_again(self, rows: slice, target: Tensor) -> None:
-        assert self.basis is not None
-        self.new_a.addmm_(self.basis[:, rows], target)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        silent = self.largest == 0
-        new_b, new_a = self.b.lerp(self.new_b, self.gamma), self.a.lerp(self.new_a, self.gamma)
-        return torch.where(silent, (1 - self.gamma) ** 2 * self.b, new_b), torch.where(silent, self.a, new_a)
+    def keep_(self, silent: bool) -> None:
+        if silent:
+            self.b.mul_((1 - self.gamma) ** 2)
+        else:
+            self.b.lerp_(self.inside, self.gamma)
+            self.a.lerp_(self.below, self.gamma)
 
 
 @register("lora-pre", paper=PAPER, quick={"lr": 2e-4, "rank": 32})
@@ -165,43 +170,103 @@ class LoRAPre(Regression):
         m = factors.ema(state, "m", grad, self.betas[0]).clamp_(-largest, largest)
         tracked = factors.product(state, "v")
         self.advance_(state, m=(grad, gamma1), v=(grad.abs(), gamma2))
-        past, own = self._weights(ctx)
+        past, own = self._weights(ctx.v_step)
         v = tracked.mul_(past).square_().addcmul_(grad, grad, value=own)
         return rules.cut_direction_(rules.adam(m.div_(1 - self.betas[0] ** ctx.m_step), v, self.eps).mul_(self.scale))
 
-    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
-        beta1 = self.betas[0]
-        gamma1, gamma2 = self._gammas()
-        self.begin_(state, ctx, m=ctx.m_step, v=ctx.v_step)
-        m_fit, v_fit = Fit(self, state, "m", gamma1), Fit(self, state, "v", gamma2)
-        # every constant of the direction goes into a thin factor or a product's scalar
-        gain, (past, own) = self.scale / (1 - beta1**ctx.m_step), self._weights(ctx)
-        m_b, m_a, v_b, v_a = state["m_B"], state["m_A"] * (beta1 * gain), state["v_B"], state["v_A"] * past
-        largest = torch.finfo(sweep.dtype).max
-        for rows, grad in sweep.gradients():
-            magnitude = torch.abs(grad, out=sweep.buffer("magnitude", rows))
-            m_fit.see(rows, grad, magnitude)
-            v_fit.see(rows, magnitude, magnitude)
-            m = torch.addmm(grad, m_b[rows], m_a, beta=(1 - beta1) * gain, out=sweep.buffer("m", rows))
-            v = torch.mm(v_b[rows], v_a, out=sweep.buffer("v", rows)).square_().addcmul_(grad, grad, value=own)
-            sweep.descend(rows, rules.cut_direction_(m.clamp_(-largest, largest).div_(v.sqrt_().add_(self.eps))))
-        if self.updates == "sequential":
-            m_fit.turn()
-            v_fit.turn()
-            for rows, grad in sweep.gradients():
-                m_fit.see_again(rows, grad)
-                v_fit.see_again(rows, torch.abs(grad, out=sweep.buffer("magnitude", rows)))
-        factors.keep_(state, m=m_fit.factors(), v=v_fit.factors())
+    def step_(self, sweeps: Sequence[Sweep]) -> None:
+        for sweep in sweeps:
+            self.begin_(sweep.state, sweep.context, m=sweep.context.m_step, v=sweep.context.v_step)
+        sequential = self.updates == "sequential"
+        keys = ("m_A", "v_A") if sequential else ("m_A", "v_A", "m_B", "v_B")
+        sides = [[s.state[key].mT if key.endswith("A") else s.state[key] for s in sweeps] for key in keys]
+        for sweep, *grams in zip(sweeps, *map(self.damped, sides), strict=True):
+            m, v = (
+                Fit(b, a, gamma, right, left, torch.empty_like(b), torch.zeros_like(a))
+                for b, a, gamma, right, left in zip(
+                    (sweep.state["m_B"], sweep.state["v_B"]),
+                    (sweep.state["m_A"], sweep.state["v_A"]),
+                    self._gammas(),
+                    grams[:2],
+                    grams[2:] or (None, None),
+                    strict=True,
+                )
+            )
+            self._sweep(sweep, m, v)
+            if sequential:
+                self._sweep_again(sweep, m, v)
+            if m.solve_() and v.solve_():  # all or none, as `factors.keep_`
+                m.keep_(sweep.largest == 0)
+                v.keep_(sweep.largest == 0)
 
-    def _weights(self, ctx: Context) -> tuple[float, float]:
-        """p, w: the bias-corrected second moment is (p tracked)^2 + w g^2, with the magnitude tracked so far."""
-        beta2, t = self.betas[1], ctx.v_step
+    def _sweep(self, sweep: Sweep, m_fit: Fit, v_fit: Fit) -> None:
+        """Descend by the old factors, and take products with them."""
+        ctx, beta1 = sweep.context, self.betas[0]
+        # the direction is gain (m + g) / (sqrt(v + g^2) + eps): every other constant goes into a thin factor
+        past, own = self._weights(ctx.v_step)
+        m_a, v_a = m_fit.a * (beta1 / (1 - beta1)), v_fit.a * (past / own**0.5)
+        gain = self.scale * (1 - beta1) / (1 - beta1**ctx.m_step) / own**0.5
+        reach = max(factors.reach(m_fit.b, m_a), factors.reach(v_fit.b, v_a))
+        m_fit.inside = sweep.right(m_fit.a.mT)
+        if m_fit.left is not None:
+            m_fit.below = sweep.left(m_fit.b)
+        for rows, grad in sweep.gradients():
+            magnitude = grad.abs()
+            v_fit.inside[rows] = product(magnitude, v_fit.a.mT)
+            if v_fit.left is not None:
+                v_fit.below += product(v_fit.b[rows].mT, magnitude)
+            del magnitude
+            m, v = product(m_fit.b[rows], m_a), product(v_fit.b[rows], v_a).square_()
+            sweep.descend_adam(rows, grad, m, v, gain=gain, eps=self.eps / own**0.5, reach=reach)
+
+    def _sweep_again(self, sweep: Sweep, m_fit: Fit, v_fit: Fit) -> None:
+        """Take products with the new B."""
+        m_b, v_b = (fit.b.lerp(fit.right.solve(fit.inside), fit.gamma) for fit in (m_fit, v_fit))
+        m_fit.left, v_fit.left = self.damped([m_b, v_b])
+        m_fit.below = sweep.left(m_b)
+        for rows, grad in sweep.gradients():
+            v_fit.below += product(v_b[rows].mT, grad.abs())
+
+    def _weights(self, t: Number) -> tuple[Number, Number]:
+        """p, w: the bias-corrected second moment is (p tracked)^2 + w g^2, with the magnitude tracked so far.
+
+        Args:
+            t: steps of the second moment, a number or a tensor of several matrices' numbers.
+        """
+        beta2 = self.betas[1]
         own = (1 - beta2) / (1 - beta2**t)
         if self.bias_correction == "paper":
             return (beta2 / (1 - beta2**t)) ** 0.5, own
         # the tracker of |g| decays by (1 - gamma2)^2 a step, so the t - 1 gradients before this one have that mass
         decay = (1 - self._gammas()[1]) ** 2
-        return (1 - own) ** 0.5 / (1 - decay ** max(t - 1, 1)), own
+        before = t.sub(1).clamp_min(1) if isinstance(t, Tensor) else max(t - 1, 1)
+        return (1 - own) ** 0.5 / (1 - decay**before), own
+
+    def can_launch(self, param: Tensor) -> bool:
+        # an eps of nothing would show that the hardware's root flushes tiny numbers to zero
+        return fits(param, min(self.rank, *param.shape)) and self.eps > 0
+
+    def launch_(self, batch: Batch) -> None:
+        from gossamer.kernels.lora_pre import step
+
+        for state, ctx in zip(batch.states, batch.contexts, strict=True):
+            self.begin_(state, ctx, m=ctx.m_step, v=ctx.v_step)
+        beta1, gain = self.betas[0], self.scale / (1 - self.betas[0] ** batch.counter("m_step"))
+        past, own = self._weights(batch.counter("v_step"))
+        b, a = step(
+            batch.tables,
+            batch.numbers(gain * (1 - beta1) * batch.sign, own, self.eps, batch.decay, batch.rates, batch.seeds),
+            batch.stack("m_B", "v_B"),
+            batch.stack("m_A", "v_A"),
+            scales=batch.numbers(gain * beta1, past),
+            signs=batch.numbers(batch.sign, 1.0),
+            gammas=batch.numbers(*self._gammas()),
+            damping=self.damping,
+            relative=self.damping_mode == "relative",
+            sequential=self.updates == "sequential",
+        )
+        half = len(batch.params)
+        batch.keep_(m=(b[:half], a[:half]), v=(b[half:], a[half:]))
 
     def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What the factors stand for, bias-corrected: estimates of E g and E g^2."""

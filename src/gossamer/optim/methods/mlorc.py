@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, threshold_
 
 from gossamer.errors import UserError
-from gossamer.linalg import cut_rank, orthonormalize, randomized_svd
+from gossamer.kernels.product import product
+from gossamer.linalg import cholesky_qr, cut_rank, orthonormalize, randomized_svd
 from gossamer.optim import factors, rules, stores
+from gossamer.optim.batch import Batch, fits
 from gossamer.optim.contract import (
     Context,
     State,
@@ -24,9 +26,11 @@ from gossamer.optim.contract import (
 )
 from gossamer.optim.sweep import Sweep
 
-Tiles = Iterator[tuple[slice, Tensor, dict[str, Tensor]]]
-"""Rows, their gradient, and the same rows of each moment, by name."""
+if TYPE_CHECKING:
+    from gossamer.optim.passes import Passes
 
+SMALLEST = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
+"""The smallest positive number of each arithmetic dtype."""
 PAPER = "Shen et al., MLorc, AISTATS 2026, arXiv 2506.01897"
 
 
@@ -63,39 +67,112 @@ class Compression:
             generator=ctx.generator,
         )
 
-    def compress_(
-        self,
-        sweep: Sweep,
-        state: State,
-        ctx: Context,
-        tiles: Callable[[], Tiles],
-        last: Callable[[slice, Tensor, dict[str, Tensor]], None],
-    ) -> None:
-        """`compress` of all moments at once, some rows at a time, and kept. `last` may overwrite what it is given."""
-        names = [key.removesuffix("_B") for key in state if key.endswith("_B")]
+    def compress_(self, sweep: Sweep, *moments: SweptMoment) -> None:
+        """`compress` of all moments at once, some rows at a time, and kept. The last product is `last_left`."""
         (m, n), width = sweep.shape, min(self.rank + self.oversampling, *sweep.shape)
-        like = {"dtype": sweep.dtype, "device": ctx.param.device}
-
-        def through(frame: dict[str, Tensor]) -> dict[str, Tensor]:  # orth(M frame)
-            y = {name: torch.empty(m, width, **like) for name in names}
-            for rows, _, moments in tiles():
-                for name in names:
-                    torch.mm(moments[name], frame[name], out=y[name][rows])
-            return {name: orthonormalize(y[name]) for name in names}
-
-        q = through({name: torch.randn(width, n, **like, generator=ctx.generator).mT for name in names})
+        generator = sweep.context.generator
+        frames = [torch.randn(width, n, dtype=sweep.dtype, device=sweep.grad.device, generator=generator) for _ in moments]
+        bases = [orthonormalize(moment.right(frame.mT)) for moment, frame in zip(moments, frames, strict=True)]
         for _ in range(self.power_iterations):
-            z = {name: torch.zeros(n, width, **like) for name in names}
-            for rows, _, moments in tiles():
-                for name in names:
-                    z[name].addmm_(moments[name].mT, q[name][rows])
-            q = through({name: orthonormalize(z[name]) for name in names})
-        b = {name: torch.zeros(width, n, **like) for name in names}
-        for rows, grad, moments in tiles():
-            for name in names:
-                b[name].addmm_(q[name][rows].mT, moments[name])
-            last(rows, grad, moments)
-        factors.keep_(state, **{name: cut_rank(q[name], b[name], self.rank) for name in names})
+            frames = [orthonormalize(moment.left(q).mT) for moment, q in zip(moments, bases, strict=True)]
+            bases = [orthonormalize(moment.right(frame)) for moment, frame in zip(moments, frames, strict=True)]
+        pairs = [cut_rank(q, moment.last_left(q), self.rank) for moment, q in zip(moments, bases, strict=True)]
+        factors.put_(sweep.state, **{moment.name: pair for moment, pair in zip(moments, pairs, strict=True)})
+
+    def compress_launch_(self, batch: Batch, passes: Passes) -> None:
+        """`compress` of all moments at once, of all matrices at once, and kept; the weights are written on the way."""
+        q = passes.basis(passes.gaussian())
+        for _ in range(self.power_iterations):
+            z = passes.project(q, step=False)
+            q = passes.basis({name: cholesky_qr(z[name].mT).mT for name in q})
+        b = passes.project(q, step=True)
+        batch.keep_(**{name: (q[name], b[name]) for name in q})
+
+
+class SweptMoment(Protocol):
+    """A moment M of the gradient's shape, which is known by its thin products alone."""
+
+    name: str
+
+    def right(self, x: Tensor) -> Tensor:
+        """`M x`, (m, k)."""
+        ...
+
+    def left(self, y: Tensor) -> Tensor:
+        """`y^T M`, (k, n)."""
+        ...
+
+    def last_left(self, y: Tensor) -> Tensor:
+        """`left`, once, when the weight is descended on the way."""
+        ...
+
+
+class First:
+    """`decay B A + (1 - decay) g`, by the products of its two parts."""
+
+    name = "m"
+
+    def __init__(self, sweep: Sweep, decay: float) -> None:
+        self.sweep, self.decay, self.bound = sweep, decay, rules.gradient_bound(sweep.dtype, sweep.grad.numel())
+        self.b, self.a = sweep.state["m_B"], sweep.state["m_A"]
+
+    def right(self, x: Tensor) -> Tensor:
+        own = self.sweep.right(x, self.bound).mul_(1 - self.decay)
+        return own.add_(product(self.b, product(self.a, x)), alpha=self.decay)
+
+    def left(self, y: Tensor) -> Tensor:
+        own = self.sweep.left(y, self.bound).mul_(1 - self.decay)
+        return own.add_(product(product(y.mT, self.b), self.a), alpha=self.decay)
+
+    last_left = left
+
+
+class Second:
+    """MLorc's `beta2 floor(B A) + (1 - beta2) g^2`, made tile by tile; its last product descends Adam's direction."""
+
+    name = "v"
+
+    def __init__(self, method: MLorc, sweep: Sweep, first: First) -> None:
+        self.method, self.sweep, self.first, beta2 = method, sweep, first, method.betas[1]
+        # v / (1 - beta2) = floor(B thin) + g^2
+        self.b, self.thin = sweep.state["v_B"], sweep.state["v_A"] * (beta2 / (1 - beta2))
+        total = count = 0.0
+        for rows in sweep.rows():
+            below = product(self.b[rows], self.thin).clamp_max_(0)
+            if not below.is_meta:
+                total, count = total - float(below.sum()), count - float(below.sign_().sum())
+        self.floor = total / max(count, 1)
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows, their gradient and the floored history over 1 - beta2."""
+        for rows, grad in self.sweep.gradients(self.first.bound):
+            # what is not above minus the smallest number is negative
+            yield rows, grad, threshold_(product(self.b[rows], self.thin), -SMALLEST[self.sweep.dtype], self.floor)
+
+    def right(self, x: Tensor) -> Tensor:
+        out = x.new_empty(len(self.b), x.shape[1])
+        for rows, grad, past in self._tiles():
+            out[rows] = product(past.addcmul_(grad, grad), x)
+        return out.mul_(1 - self.method.betas[1])
+
+    def left(self, y: Tensor) -> Tensor:
+        out = y.new_zeros(y.shape[1], self.thin.shape[1])
+        for rows, grad, past in self._tiles():
+            out += product(y[rows].mT, past.addcmul_(grad, grad))
+        return out.mul_(1 - self.method.betas[1])
+
+    def last_left(self, y: Tensor) -> Tensor:
+        ctx, (beta1, beta2) = self.sweep.context, self.method.betas
+        # the direction is gain (m + g) / (sqrt(v + g^2) + eps) of moments over 1 - beta
+        m_b, m_thin = self.first.b, self.first.a * (beta1 / (1 - beta1))
+        spread = ((1 - beta2**ctx.v_step) / (1 - beta2)) ** 0.5
+        gain, eps = (1 - beta1) / (1 - beta1**ctx.m_step) * spread, self.method.eps * spread
+        reach = max(factors.reach(m_b, m_thin), factors.reach(self.b, self.thin) ** 0.5)
+        out = y.new_zeros(y.shape[1], self.thin.shape[1])
+        for rows, grad, v in self._tiles():
+            self.sweep.descend_adam(rows, grad, product(m_b[rows], m_thin), v, gain=gain, eps=eps, reach=reach)
+            out += product(y[rows].mT, v)  # half of floor(B thin) + g^2 by now
+        return out.mul_(2 * (1 - beta2))
 
 
 @register("mlorc", paper=PAPER, quick={"lr": 4e-4, "rank": 32, "power_iterations": 1, "betas": (0.9, 0.95)})
@@ -141,26 +218,23 @@ class MLorc(Compression):
         direction = rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps)
         return rules.cut_direction_(direction)
 
-    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
-        beta1, beta2 = self.betas
-        m_b, m_a, v_b, v_a = (state[key] for key in ("m_B", "m_A", "v_B", "v_A"))
-        negative = factors.Floor(v_b)
-        for rows in sweep.rows():
-            negative.see(torch.mm(v_b[rows], v_a, out=sweep.buffer("v", rows)))
-        floor = negative.mean()
+    def step_(self, sweeps: Sequence[Sweep]) -> None:
+        for sweep in sweeps:
+            first = First(sweep, self.betas[0])
+            self.compress_(sweep, first, Second(self, sweep, first))
 
-        def tiles() -> Tiles:
-            for rows, grad in sweep.tiles(rules.gradient_bound(sweep.dtype, m_b.shape[0] * m_a.shape[1])):
-                m = torch.addmm(grad, m_b[rows], m_a, beta=1 - beta1, alpha=beta1, out=sweep.buffer("m", rows))
-                v = torch.mm(v_b[rows], v_a, out=sweep.buffer("v", rows))
-                torch.where(v < 0, floor, v, out=v).lerp_(grad.square_(), 1 - beta2)
-                yield rows, grad, {"m": m, "v": v}
+    def can_launch(self, param: Tensor) -> bool:
+        # an eps of nothing would show that the hardware's root flushes tiny numbers to zero
+        return fits(param, min(self.rank, *param.shape)) and self.oversampling == 0 and self.eps > 0
 
-        def last(rows: slice, grad: Tensor, moments: dict[str, Tensor]) -> None:
-            m, v = moments["m"].div_(1 - beta1**ctx.m_step), moments["v"].div_(1 - beta2**ctx.v_step)
-            sweep.descend(rows, rules.cut_direction_(rules.adam(m, v, self.eps)))
+    def launch_(self, batch: Batch) -> None:
+        from gossamer.optim.passes import Moment, Passes
 
-        self.compress_(sweep, state, ctx, tiles, last)
+        (beta1, beta2), sign = self.betas, batch.sign
+        m_mass, v_mass = 1 - beta1 ** batch.counter("m_step"), 1 - beta2 ** batch.counter("v_step")
+        m = Moment(beta1 / m_mass, sign * (1 - beta1) / m_mass, beta1, sign * (1 - beta1))
+        v = Moment(beta2 / v_mass, (1 - beta2) / v_mass, beta2, v_mass)
+        self.compress_launch_(batch, Passes(batch, "floored", m=m, v=v, eps=self.eps))
 
     def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What the factors stand for, bias-corrected: estimates of E g and E g^2."""
@@ -198,19 +272,24 @@ class MLorcLion(Compression):
         factors.keep_(state, m=self.compress(factors.ema(state, "m", grad, beta2), ctx))
         return direction
 
-    def step_(self, sweep: Sweep, state: State, ctx: Context) -> None:
+    def step_(self, sweeps: Sequence[Sweep]) -> None:
         beta1, beta2 = self.betas
-        b, a = state["m_B"], state["m_A"]
+        for sweep in sweeps:
+            moment = First(sweep, beta2)
+            for rows, grad in sweep.gradients(moment.bound):
+                m = product(moment.b[rows], moment.a).mul_(beta1)
+                sweep.descend(rows, m.add_(grad, alpha=1 - beta1).sign_())
+            self.compress_(sweep, moment)
 
-        def tiles() -> Tiles:
-            for rows, grad in sweep.tiles(rules.gradient_bound(sweep.dtype, b.shape[0] * a.shape[1])):
-                m = torch.addmm(grad, b[rows], a, beta=1 - beta2, alpha=beta2, out=sweep.buffer("m", rows))
-                yield rows, grad, {"m": m}
+    def can_launch(self, param: Tensor) -> bool:
+        return fits(param, min(self.rank, *param.shape)) and self.oversampling == 0
 
-        def last(rows: slice, grad: Tensor, moments: dict[str, Tensor]) -> None:
-            sweep.descend(rows, grad.addmm_(b[rows], a, beta=1 - beta1, alpha=beta1).sign_())
+    def launch_(self, batch: Batch) -> None:
+        from gossamer.optim.passes import Moment, Passes
 
-        self.compress_(sweep, state, ctx, tiles, last)
+        (beta1, beta2), sign = self.betas, batch.sign
+        m = Moment(beta1, sign * (1 - beta1), beta2, sign * (1 - beta2))
+        self.compress_launch_(batch, Passes(batch, "none", m=m))
 
 
 @register("mlorc-muon", paper=f"{PAPER}; applied to Muon here", quick={"lr": 5e-3, "rank": 32, "power_iterations": 1})
