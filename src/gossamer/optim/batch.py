@@ -37,6 +37,11 @@ def aligned(tensors: list[Tensor], width: int) -> bool:
     return all(t.data_ptr() % 16 == 0 and width * t.element_size() % 16 == 0 for t in tensors)
 
 
+def largest(x: Tensor) -> Tensor:
+    """(L,): the largest magnitude in each matrix of a stack; NaN where one is."""
+    return torch.linalg.vector_norm(x, torch.inf, (1, 2))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """L parameters of one group, shape, dtype and device, at their own steps."""
@@ -99,27 +104,28 @@ class Batch:
         return [state[key] for key in keys for state in self.states]
 
     def stack(self, *keys: str) -> Tensor:
-        """A copy of the state's tensors of these keys, of one shape: (keys L, ...), all parameters of the first first."""
+        """A copy of the state's tensors of these keys, of one shape: (keys L, ...), in the order of `of`."""
         return torch.stack(self.of(*keys))
 
     def scatter(self, key: str, stacked: Tensor) -> None:
         """Copy a stack (L, ...) back into the states."""
-        torch._foreach_copy_(self.of(key), list(stacked.unbind()))
+        torch._foreach_copy_(self.of(key), list(stacked.unbind()))  # pyright: ignore
 
     def keep_(self, **factors: tuple[Tensor, Tensor]) -> None:
         """`factors.keep_` on stacks B (L, m, r) and A (L, r, n): for each parameter all new factors, or none."""
-        bounds = [b.abs().amax((1, 2)) * a.abs().amax((1, 2)) * b.shape[2] for b, a in factors.values()]
+        bounds = [largest(b) * largest(a) * b.shape[2] for b, a in factors.values()]
         sound = torch.stack(bounds).isfinite().all(0)[:, None, None]
         for name, pair in factors.items():
             for key, new in zip((f"{name}_B", f"{name}_A"), pair, strict=True):
                 self.scatter(key, torch.where(sound, new, self.stack(key)))
 
+    @cached_property
+    def _counters(self) -> Tensor:
+        return _moved(torch.stack(self.of(*COUNTERS)), self.device).view(len(COUNTERS), -1).double()
+
     def counter(self, name: str) -> Tensor:
         """(L,) fp64 on the device: "step", "m_step" or "v_step". Wide, since 1 - beta^t cancels."""
-        counters = torch.stack(self.of(name))
-        if counters.device != self.device and self.device.type == "cuda":
-            counters = counters.pin_memory().to(self.device, non_blocking=True)
-        return counters.double()
+        return self._counters[COUNTERS.index(name)]
 
     def numbers(self, *columns: float | Tensor) -> Tensor:
         """(L, k) fp32 on the device: the table a kernel reads. A column is (L,), or () or a number for all."""
@@ -134,9 +140,9 @@ class Batch:
     @property
     def decay(self) -> Tensor:
         """(L,) fp64: what a weight is multiplied by before its step."""
-        return 1 - self._column(self.lr) * self.weight_decay
+        return 1 - self.rates * self.weight_decay
 
-    @property
+    @cached_property
     def rates(self) -> Tensor:
         """(L,) fp64: the learning rate."""
         return self._column(self.lr)
@@ -148,12 +154,17 @@ class Batch:
         return (keys + self.counter("step") * 7919) % _PRIME
 
 
+COUNTERS = ("step", "m_step", "v_step")
 _PRIME = 16777213
 """The largest prime below 2^24."""
 
 
 @lru_cache(maxsize=1 << 12)
 def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept from step to step while tensors stay where they are; not copied in a way that waits for the device."""
-    table = torch.tensor(numbers, dtype=torch.int64)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    """Kept from step to step while tensors stay where they are."""
+    return _moved(torch.tensor(numbers, dtype=torch.int64), device)
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """On the device, in a way that does not wait for it."""
+    return (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)

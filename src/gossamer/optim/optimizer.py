@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import UserError, nearest
+from gossamer.kernels import available
 from gossamer.optim import contract
+from gossamer.optim.batch import Batch
 from gossamer.optim.contract import MOMENTS, Context, Method, State, hash63, moment_of
 from gossamer.optim.groups import default_fallback, refusal
 from gossamer.optim.stores import arithmetic_dtype
@@ -27,7 +29,10 @@ COUNTERS = ("step", *(f"{moment}_step" for moment in MOMENTS))
 """How often the parameter was stepped, and how often since each moment was last zero."""
 
 
-IMPLEMENTATIONS = ("reference", "fused")
+IMPLEMENTATIONS = ("auto", "reference", "fused")
+
+LAUNCHED_TOGETHER = 16
+"""Matrices that kernels step in one launch, at most: they keep copies of that many matrices' factors."""
 
 
 def init_state(method: Method, param: Tensor) -> State:
@@ -53,7 +58,7 @@ class PlanRow:
     method: str
     rank: int | None
     implementation: str
-    """"fused" or "reference"."""
+    """"tiles", "kernels" or "reference"."""
     state_bytes: int
     """The method's tensors; the driver's counters take 12 bytes more."""
     why: str
@@ -111,9 +116,11 @@ class Optimizer(torch.optim.Optimizer):
         lr: learning rate, a float or a tensor.
         weight_decay: decoupled, `W <- (1 - lr weight_decay) W` before the step, as `torch.optim.AdamW`.
         maximize: ascend instead of descend.
-        implementation: "reference", every method as it reads; or "fused", where a method has one its twin that takes a
-            matrix some rows at a time and makes no temporary of the weight's size, except where a projector is
-            refreshed. They differ by rounding; `plan()` says which runs.
+        implementation: "auto", which takes a method's fused twin where it has one for the device: on a CPU one that
+            goes through a matrix in tiles of rows, on CUDA Triton kernels. A twin makes no temporary of the weight's
+            size, except where a projector is refreshed. "reference": every method as it reads. "fused": as "auto", but
+            where kernels were written and do not take a parameter, that is an error. They differ by rounding; `plan()`
+            says which runs.
         rounding: how a bf16 parameter is written: "stochastic", or "nearest", which loses every update smaller than
             about 1/256 of the weight. Other dtypes are always rounded to nearest.
         seed: of every random number a method or the rounding draws. The stream of a parameter depends on (seed, its
@@ -124,7 +131,8 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     observers: tuple[Observer, ...] = ()
-    """Called at each parameter's step; they look and change nothing. Neither saved nor pickled."""
+    """Called at each parameter's step; they look and change nothing, except that for kernels, which show no direction,
+    the reference steps. Neither saved nor pickled."""
 
     def __init__(
         self,
@@ -135,7 +143,7 @@ class Optimizer(torch.optim.Optimizer):
         maximize: bool = False,
         rounding: str = "stochastic",
         seed: int = 0,
-        implementation: str = "reference",
+        implementation: str = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -186,6 +194,12 @@ class Optimizer(torch.optim.Optimizer):
                     "let gossamer.param_groups(model, method) sort the parameters"
                 )
             group["method"].init(torch.empty_like(param, device="meta"))  # what it refuses, it refuses now
+            has_kernels = param.is_cuda and hasattr(group["method"], "launch_")
+            if group["implementation"] == "fused" and has_kernels and implementation_of(param, group) != "kernels":
+                raise UserError(
+                    f"Optimizer: {name!r}, {param.dtype} of shape {tuple(param.shape)}, is not taken by the kernels of "
+                    f"{contract.entry_of(group['method']).name} (docs/kernels.md); allowed: implementation='auto'"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -194,20 +208,24 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        alike: defaultdict[tuple[int, torch.Size], list[Sweep]] = defaultdict(list)
+        alike: defaultdict[tuple[object, ...], list[Sweep]] = defaultdict(list)
         for name, param, group in self.members():
             if param.grad is None or param.numel() == 0:  # an empty shard has nothing to step
                 continue
-            sweep = self._begin(name, param, group)
-            if implementation_of(param, group) == "reference":
+            sweep, how = self._begin(name, param, group), implementation_of(param, group)
+            if how == "reference" or (how == "kernels" and self.observers):
                 self._step_by_reference(name, group, sweep)
             elif self.observers:
                 self._step_observed(name, group, sweep)
             else:
-                alike[id(group), param.shape].append(sweep)
-        methods = {id(group): group["method"] for group in self.param_groups}
-        for (group, _), sweeps in alike.items():
-            methods[group].step_(sweeps)
+                key = id(group), how, param.shape, param.dtype, param.grad.dtype, param.device
+                alike[key].append(sweep)
+        groups = {id(group): group for group in self.param_groups}
+        for (group, how, *_), sweeps in alike.items():
+            if how == "tiles":
+                groups[group]["method"].step_(sweeps)
+            else:
+                _launch(groups[group], sweeps)
         return loss
 
     @cached_property
@@ -368,9 +386,28 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def implementation_of(param: Tensor, group: dict[str, Any]) -> str:
-    """How a parameter is stepped: "reference", or "tiles" by the method's twin."""
-    has_twin = param.ndim == 2 and hasattr(group["method"], "step_")
-    return "tiles" if has_twin and group["implementation"] != "reference" else "reference"
+    """How a parameter is stepped: by the method's "reference", or by a twin, in "tiles" or by "kernels"."""
+    method = group["method"]
+    if group["implementation"] != "reference":
+        if hasattr(method, "launch_") and available(param.device) and method.can_launch(param):
+            return "kernels"
+        if hasattr(method, "step_") and param.ndim == 2 and param.device.type in ("cpu", "meta"):
+            return "tiles"
+    return "reference"
+
+
+def _launch(group: dict[str, Any], sweeps: list[Sweep]) -> None:
+    for start in range(0, len(sweeps), LAUNCHED_TOGETHER):
+        some = sweeps[start : start + LAUNCHED_TOGETHER]
+        group["method"].launch_(
+            Batch(
+                params=[sweep.context.param for sweep in some],
+                grads=[sweep.grad for sweep in some],
+                states=[sweep.state for sweep in some],
+                contexts=[sweep.context for sweep in some],
+                **{key: group[key] for key in ("lr", "weight_decay", "maximize", "rounding")},
+            )
+        )
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

@@ -65,20 +65,20 @@ class Passes:
         self.moments = {"m": m, "v": v} if v is not None and second in factors.FACTORED else {"m": m}
         self.b = {name: batch.stack(f"{name}_B") for name in self.moments}
         self.a = {name: batch.stack(f"{name}_A") for name in self.moments}
-        (self.height, self.rank), self.n = self.b["m"].shape[1:], self.a["m"].shape[2]
+        (self.m, self.rank), self.n = self.b["m"].shape[1:], self.a["m"].shape[2]
         self.depth = primitives.padded_rank(self.rank)
-        self.width = stride(self.n)
+        self.width, self.height = stride(self.n), -(-self.m // factors.GRAIN.value) * factors.GRAIN.value
 
-        self.bound = rules.gradient_bound(torch.float32, self.height * self.n)
+        self.bound = rules.gradient_bound(torch.float32, self.m * self.n)
         self.tables = batch.tables
         outside = 0.0 if tail is None else tail
         weights = m.own + outside, 0.0 if v is None else v.own, outside
         self.numbers = batch.numbers(*weights, batch.rates, batch.decay, batch.seeds)
-        self.m_b, self.thin = self._columns(self.b["m"]), self._rows(self.a["m"] * wide(m.past), torch.float32)
+        self.m_b, self.thin = self._columns(self.b["m"]), self._thin(self.a["m"] * wide(m.past))
         self.v_b = self.v_a = self.inside = self.w = self.mean_rows = self.mean_columns = None
         self.floor = self.m_b.new_zeros(len(self.m_b), dtype=torch.float32)
         if v is not None and second in factors.FACTORED:
-            self.v_b, self.v_a = self._columns(self.b["v"]), self._rows(self.a["v"] * wide(v.past), batch.dtype)
+            self.v_b, self.v_a = self._columns(self.b["v"]), self._rows(self.a["v"] * wide(v.past))
         if v is not None and second == "rows-columns":
             rows, columns = batch.stack("v_rows"), batch.stack("v_columns")
             # divided before it is multiplied: the product of two tiny means would underflow
@@ -104,11 +104,11 @@ class Passes:
     def basis(self, frames: Named) -> Named:
         """Orthonormal columns (L, m, r) that span `target W^T`, for rows W (L, r, n)."""
         second = self.second
-        w = {name: self._rows(frame, self.batch.dtype) for name, frame in frames.items()}
-        y = {name: self._new(self.height, self.depth) for name in w}
-        below_y = self._new(self.height, self.depth) if second == "floored" else None
-        below = self._new(self.height, 2)
-        self.row_sums = self._new(self.height)
+        w = {name: self._rows(frame) for name, frame in frames.items()}
+        y = {name: self._new(self.m, self.depth) for name in w}
+        below_y = self._new(self.m, self.depth) if second == "floored" else None
+        below = self._new(self.m, 2)
+        self.row_sums = self._new(self.m)
         factors.launch_sketch(
             self.tables,
             self.numbers,
@@ -134,7 +134,7 @@ class Passes:
         found = {}
         for name, moment in self.moments.items():
             # the frame as the kernel saw it: its rounding then makes another test matrix, not another product
-            seen = w[name][:, : self.rank, : self.n].float()
+            seen = w[name][..., : self.rank, : self.n].float().sum(1)
             history = self.b[name] @ (self.a[name] @ seen.mT) * moment.decay
             found[name] = cholesky_qr(history + wide(moment.gain) * y[name][..., : self.rank])
         return found
@@ -178,7 +178,7 @@ class Passes:
 
     def follow_means_(self, decay: float) -> None:
         """`factors.follow_means_` of g^2, after both passes."""
-        for key, sums, count in (("v_rows", self.row_sums, self.n), ("v_columns", self.column_sums, self.height)):
+        for key, sums, count in (("v_rows", self.row_sums, self.n), ("v_columns", self.column_sums, self.m)):
             self.batch.scatter(key, self.batch.stack(key).lerp_(sums / count, 1 - decay))
 
     def _prepare_tail(self, seen: Tensor, rows: Tensor, w: Tensor) -> None:
@@ -192,18 +192,24 @@ class Passes:
         self.numbers[:, factors.TAIL_WEIGHT] = tail
         inside = torch.where(sound[:, None, None], seen[..., : self.rank], 0.0) * wide(tail)
         self.inside, self.w = self._columns(-inside), rows
-        self.thin += self._rows(self.b["m"].mT @ inside @ w, torch.float32)
+        self.thin += self._thin(self.b["m"].mT @ inside @ w)
 
     def _new(self, *shape: int) -> Tensor:
         return torch.empty(len(self.batch.params), *shape, dtype=torch.float32, device=self.batch.device)
+
+    def _thin(self, x: Tensor) -> Tensor:
+        """A stack (L, r, n) as (L, R, width) fp32."""
+        out = self._new(self.depth, self.width).zero_()
+        out[:, : self.rank, : self.n] = x
+        return out
 
     def _columns(self, x: Tensor) -> Tensor:
         """A stack (L, m, r) as an operand."""
         return padded(x, self.height, self.depth, self.batch.dtype)
 
-    def _rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A stack (L, r, n) as an operand of a dtype."""
-        return padded(x, self.depth, self.width, dtype)
+    def _rows(self, x: Tensor) -> Tensor:
+        """A stack (L, r, n) as an operand."""
+        return padded(x, self.depth, self.width, self.batch.dtype)
 
 
 def wide(x: float | Tensor) -> float | Tensor:

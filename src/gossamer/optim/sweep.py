@@ -116,14 +116,14 @@ class Sweep:
         plain = self._is_plain(bound)
         for rows in self.rows():
             tile = self.grad[rows]
-            if not plain:
+            if not plain or self.negate:
                 tile = self.buffer("gradient", rows).copy_(tile).clamp_(-bound, bound)
             yield rows, tile.neg_() if self.negate else tile
 
     def right(self, x: Tensor, bound: float = torch.inf) -> Tensor:
         """`G x`, (m, k), of the gradient cut to [-bound, bound]."""
         if self._is_plain(bound):
-            return product(self.grad, x)
+            return product(self.grad, -x if self.negate else x)
         out = x.new_empty(self.shape[0], x.shape[1])
         for rows, grad in self.gradients(bound):
             out[rows] = product(grad, x)
@@ -132,16 +132,16 @@ class Sweep:
     def left(self, y: Tensor, bound: float = torch.inf) -> Tensor:
         """`y^T G`, (k, n), of the gradient cut to [-bound, bound]."""
         if self._is_plain(bound):
-            return product(y.mT, self.grad)
+            return product(-y.mT if self.negate else y.mT, self.grad)
         out = y.new_zeros(y.shape[1], self.shape[1])
         for rows, grad in self.gradients(bound):
             out += product(y[rows].mT, grad)
         return out
 
     def _is_plain(self, bound: float) -> bool:
-        """Whether the gradient can be read as it is."""
+        """Whether the gradient can be read as it is, but for its sign."""
         inside = bound == torch.inf or self.largest <= bound
-        return inside and not self.negate and self.grad.dtype is self.dtype and self.grad.is_contiguous()
+        return inside and self.grad.dtype is self.dtype and self.grad.is_contiguous()
 
     @cached_property
     def largest(self) -> float:
@@ -188,7 +188,7 @@ class Sweep:
         elif decay != 1:
             weight.mul_(decay)
         if along is not None:
-            weight.addcmul_(self.grad, along, value=-lr)
+            weight.addcmul_(self.grad, along, value=lr if self.negate else -lr)
 
     def _descend_sum_by_rows(
         self, pair: tuple[Tensor, Tensor] | None, along: Tensor | None, bound: float, write: bool

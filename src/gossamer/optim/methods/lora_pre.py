@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from gossamer.optim.contract import (
 from gossamer.optim.factors import Damped
 from gossamer.optim.sweep import Sweep
 
-Number = float | Tensor
 PAPER = "Wang et al., Taming Momentum, ICLR 2026, arXiv 2602.24283"
 
 
@@ -227,7 +226,7 @@ class LoRAPre(Regression):
         for rows, grad in sweep.gradients():
             v_fit.below += product(v_b[rows].mT, grad.abs())
 
-    def _weights(self, t: Number) -> tuple[Number, Number]:
+    def _weights(self, t: Any) -> tuple[Any, Any]:
         """p, w: the bias-corrected second moment is (p tracked)^2 + w g^2, with the magnitude tracked so far.
 
         Args:
