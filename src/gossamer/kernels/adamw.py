@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import prod
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -93,15 +96,12 @@ def adamw(
     tl.store(weight + offsets, narrow(new, m, seed, WEIGHT, STOCHASTIC), mask=inside)
 
 
-def step(
-    tables: Tables, ms: Tensor, vs: Tensor, numbers: Tensor, betas: tuple[float, float], bound: float
-) -> None:
+def step(tables: Tables, ms: Tensor, vs: Tensor, numbers: Tensor, betas: tuple[float, float], bound: float) -> None:
     """`adamw` of all tensors of the tables. Where those are aligned, the moments are to be, too."""
-    size = 1
-    for side in tables.shape:
-        size *= side
+    size = prod(tables.shape)
     with torch.cuda.device_of(ms):
-        adamw[(triton.cdiv(size, BLOCK), len(ms))](  # pyright: ignore
+        kernel: Any = adamw[(triton.cdiv(size, BLOCK), len(ms))]
+        kernel(
             tables.weights,
             tables.grads,
             ms,

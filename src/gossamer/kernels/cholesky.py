@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -28,10 +30,11 @@ def cholesky_inverse(a: Tensor) -> tuple[Tensor, Tensor]:
     count, r = a.shape[0], a.shape[-1]
     if r > LARGEST:
         return cholesky_inverse_ref(a)
-    a, size = a.contiguous(), triton.next_power_of_2(r)
+    a, size = a.contiguous(), 1 << (r - 1).bit_length()
     lower, inverse = torch.empty_like(a), torch.empty_like(a)
     with torch.cuda.device_of(a):
-        _cholesky_inverse[(count,)](a, lower, inverse, r, SIZE=size, num_warps=warps(size))  # pyright: ignore
+        kernel: Any = _cholesky_inverse[(count,)]
+        kernel(a, lower, inverse, r, SIZE=size, num_warps=warps(size))
     return lower, inverse
 
 

@@ -16,7 +16,7 @@ For bf16 weights an operand is rounded to bf16; for fp32 ones it is the sum of t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -120,13 +120,19 @@ def rows_ref(
         direction = (m / (v.sqrt_() + eps)).clamp_(-BOUND.value, BOUND.value)
         new = decay * weight.float() - rate * direction
         weight.copy_(round_bf16_ref(new, m, seed.int()) if stochastic else new)
-        torch.mm(g, m_a.mT, out=m_seen[i])
-        torch.mm(g.abs(), v_a.mT, out=v_seen[i])
+        operand = multiplied(grad, m_right.shape[1])
+        torch.mm(operand, m_a.mT, out=m_seen[i])
+        torch.mm(operand.abs(), v_a.mT, out=v_seen[i])
 
 
 def whole(*operands: Tensor) -> list[Tensor]:
     """The matrices of which operands hold the pieces."""
     return [operand.float().sum(0) for operand in operands]
+
+
+def multiplied(grad: Tensor, pieces: int) -> Tensor:
+    """The gradient as it is multiplied: rounded to bf16 if that is all there is."""
+    return grad.float() if pieces > 1 else grad.bfloat16().float()
 
 
 @triton.jit
@@ -163,8 +169,9 @@ def rows(
     decay, rate = tl.load(numbers + DECAY), tl.load(numbers + RATE)
     seed = tl.load(numbers + SEED).to(tl.int32) * 7919 + start
     thick, wide = M * PIECES, R * PIECES  # a matrix's pieces lie below each other
-    m_b = pieces(tl.make_tensor_descriptor(m_left + layer * thick * R, [thick, R], [R, 1], [BM, R]), start, 0, M, PIECES)
-    v_b = pieces(tl.make_tensor_descriptor(v_left + layer * thick * R, [thick, R], [R, 1], [BM, R]), start, 0, M, PIECES)
+    m_block = tl.make_tensor_descriptor(m_left + layer * thick * R, [thick, R], [R, 1], [BM, R])
+    v_block = tl.make_tensor_descriptor(v_left + layer * thick * R, [thick, R], [R, 1], [BM, R])
+    m_b, v_b = pieces(m_block, start, 0, M, PIECES), pieces(v_block, start, 0, M, PIECES)
     m_rows = tl.make_tensor_descriptor(m_right + layer * wide * STRIDE, [wide, STRIDE], [STRIDE, 1], [R, BN])
     v_rows = tl.make_tensor_descriptor(v_right + layer * wide * STRIDE, [wide, STRIDE], [STRIDE, 1], [R, BN])
     if ALIGNED:
@@ -212,9 +219,9 @@ def columns_ref(grads: list[Tensor], m_left: Tensor, v_left: Tensor, m_seen: Ten
         m_left, v_left: (L, pieces, m, R) bf16. m_seen, v_seen: (L, R, stride) fp32, written up to column n.
     """
     for i, grad in enumerate(grads):
-        (m_b, v_b), n = whole(m_left[i], v_left[i]), grad.shape[1]
-        m_seen[i, :, :n] = m_b.mT @ grad.float()
-        v_seen[i, :, :n] = v_b.mT @ grad.float().abs()
+        (m_b, v_b), operand = whole(m_left[i], v_left[i]), multiplied(grad, m_left.shape[1])
+        m_seen[i, :, : grad.shape[1]] = m_b.mT @ operand
+        v_seen[i, :, : grad.shape[1]] = v_b.mT @ operand.abs()
 
 
 @triton.jit
@@ -360,7 +367,8 @@ def launch(tables: Tables, *, rows: Rows | None = None, columns: Columns | None 
     tasks = (triton.cdiv(m, tile.BM) if rows else 0) + (triton.cdiv(n, tile.CN) if columns else 0)
     primitives.allow_descriptors()
     with torch.cuda.device_of(tables.weights):
-        both[(count * tasks,)](  # pyright: ignore
+        kernel: Any = both[(count * tasks,)]
+        kernel(
             tables.weights,
             tables.grads,
             *(rows or (None,) * 7),
@@ -418,10 +426,14 @@ class Side(NamedTuple):
     """L^-1."""
 
     @classmethod
-    def of(cls, x: Tensor, damping: float, *, relative: bool) -> Side:
-        size = damped_size(x.abs().amax((1, 2), keepdim=True), damping, relative=relative)
-        unit = x / size
-        return cls(unit, size, *cholesky_inverse(damped_gram(unit @ unit.mT, size, damping, relative=relative)))
+    def of(cls, *xs: Tensor, damping: float, relative: bool) -> list[Side]:
+        """One of each X, all factorised in one launch."""
+        sizes = [damped_size(x.abs().amax((1, 2), keepdim=True), damping, relative=relative) for x in xs]
+        units = [x / size for x, size in zip(xs, sizes, strict=True)]
+        grams = torch.cat([unit @ unit.mT for unit in units])
+        found = cholesky_inverse(damped_gram(grams, torch.cat(sizes), damping, relative=relative))
+        lowers, inverses = (x.chunk(len(xs)) for x in found)
+        return [cls(*each) for each in zip(units, sizes, lowers, inverses, strict=True)]
 
     def operand(self) -> Tensor:
         """What the gradients are multiplied by, (2L, r, k): whitened for the first moments."""
@@ -436,6 +448,7 @@ class Side(NamedTuple):
         return torch.where(self.unit.any((1, 2), keepdim=True), left, 0.0) @ seen / self.size
 
 
+@primitives.full_precision()
 def step(
     tables: Tables,
     numbers: Tensor,
@@ -451,7 +464,7 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """Step L weights and return the new factors of their moments.
 
-    Stacks hold both moments, the L first ones first; tables (L, 2) hold both side by side. Nothing waits for the device.
+    Stacks hold both moments, the L first ones first; tables (L, 2) hold both side by side.
 
     Args:
         tables: of the weights (m, n) and their gradients.
@@ -467,7 +480,7 @@ def step(
     like = {"dtype": torch.float32, "device": b.device}
     scales, signs, gammas = (x.mT.reshape(-1, 1, 1) for x in (scales, signs, gammas))
 
-    right = Side.of(a, damping, relative=relative)
+    right, *left = Side.of(a, *(() if sequential else (b.mT,)), damping=damping, relative=relative)
     rebuilt = torch.cat((b[:half] @ right.lower[:half], b[half:])) * (right.size * scales)
     lefts, rights = padded(rebuilt, m, size, tables.dtype), padded(right.operand(), size, width, tables.dtype)
     inside, below = torch.empty(2 * half, m, size, **like), torch.empty(2 * half, size, width, **like)
@@ -477,16 +490,12 @@ def step(
         wholes = padded(left.operand().mT, m, size, tables.dtype)
         return wholes[:half], wholes[half:], below[:half], below[half:]
 
-    if sequential:
-        launch(tables, rows=row_task)
-    else:
-        left = Side.of(b.mT, damping, relative=relative)
-        launch(tables, rows=row_task, columns=column_task(left))
+    launch(tables, rows=row_task, columns=None if sequential else column_task(*left))
     new_b = b.lerp(right.solve(inside[:, :, :r].mT).mT * signs, gammas)
     if sequential:
-        left = Side.of(new_b.mT, damping, relative=relative)
-        launch(tables, columns=column_task(left))
-    new_a = a.lerp(left.solve(below[:, :r, :n]) * signs, gammas)
+        left = Side.of(new_b.mT, damping=damping, relative=relative)
+        launch(tables, columns=column_task(*left))
+    new_a = a.lerp(left[0].solve(below[:, :r, :n]) * signs, gammas)
     # a gradient of which nothing was seen is zero: its moments fade, and their A stays
     silent = (inside == 0).all((1, 2), keepdim=True)
     silent = (silent[:half] & silent[half:]).repeat(2, 1, 1)

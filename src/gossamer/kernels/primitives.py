@@ -7,6 +7,9 @@ interpreter reads bf16 operands of a product as integers. `constants` gives both
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import triton
 import triton.language as tl
@@ -31,15 +34,27 @@ def allow_descriptors() -> None:
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """torch's fp32 products in fp32, whatever is allowed to the model's: in TF32 a Gram matrix may turn indefinite."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def padded_rank(rank: int) -> int:
     """The least power of two that the tensor cores multiply: at least 16."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 @triton.jit
-def pointer(table, index, TYPE: tl.constexpr, ALIGNED: tl.constexpr = False):
+def pointer(table, index, TYPE: tl.constexpr, ALIGNED: tl.constexpr = False):  # pyright: ignore
     """The address at `index` of an int64 table, as a pointer to TYPE; ALIGNED promises a multiple of 16 bytes."""
-    address = tl.load(table + index).to(tl.pointer_type(TYPE))
+    address = tl.load(table + index).to(tl.pointer_type(TYPE))  # pyright: ignore
     # said here, where the conversion is: on the result of a call it would be lost, and with it all wide loads
     return tl.multiple_of(address, 16) if ALIGNED else address
 
@@ -112,7 +127,7 @@ def narrow(x, key, seed, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """`x` as the weight's TYPE; to the nearest, ties to even, if not stochastically."""
     if STOCHASTIC:
         found = round_bf16(x, key, seed)
-    elif TYPE == tl.bfloat16:  # spelled out, since the interpreter's own conversion cuts
+    elif TYPE == tl.bfloat16:  # noqa: SIM300 - spelled out, since the interpreter's own conversion cuts
         bits = x.to(tl.int32, bitcast=True)
         found = _cut(x, bits, ((bits >> 16) & 1) + 0x7FFF)
     else:

@@ -12,6 +12,7 @@ So the launches of one step are those of every other, and a CUDA graph can hold 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -44,7 +45,10 @@ def largest(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """L parameters of one group, shape, dtype and device, at their own steps."""
+    """L parameters of one group, shape, dtype and device, at their own steps.
+
+    It holds the tables that its launches read: a captured graph lives no longer than its batch.
+    """
 
     params: list[Tensor]
     """Each contiguous."""
@@ -83,7 +87,15 @@ class Batch:
 
     def pointers(self, tensors: list[Tensor]) -> Tensor:
         """(L,) int64 on the device: where each tensor begins. The caller keeps the tensors."""
-        return _table(tuple(tensor.data_ptr() for tensor in tensors), self.device)
+        return self._table(tensor.data_ptr() for tensor in tensors)
+
+    @cached_property
+    def _held(self) -> list[Tensor]:
+        return []
+
+    def _table(self, numbers: Iterable[int]) -> Tensor:
+        self._held.append(_table(tuple(numbers), self.device))
+        return self._held[-1]
 
     @property
     def tables(self) -> Tables:
@@ -150,7 +162,7 @@ class Batch:
     @property
     def seeds(self) -> Tensor:
         """(L,) fp64, integers below 2^24, which fp32 holds: what the rounding of this step draws from."""
-        keys = _table(tuple(context.key % _PRIME for context in self.contexts), self.device)
+        keys = self._table(context.key % _PRIME for context in self.contexts)
         return (keys + self.counter("step") * 7919) % _PRIME
 
 

@@ -242,7 +242,7 @@ class LoRAPre(Regression):
         return (1 - own) ** 0.5 / (1 - decay**before), own
 
     def can_launch(self, param: Tensor) -> bool:
-        # an eps of nothing would show that the hardware's root flushes tiny numbers to zero
+        # the hardware's root takes tiny numbers as zero, which without an eps would be divided by
         return fits(param, min(self.rank, *param.shape)) and self.eps > 0
 
     def launch_(self, batch: Batch) -> None:
