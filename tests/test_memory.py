@@ -114,10 +114,10 @@ def test_frozen_weights_and_indices_are_lines_of_their_own() -> None:
     entries, nonzero = sum(w.numel() for w in hidden), sum(int(0.03 * w.numel()) for w in hidden)
 
     frozen = {line.group: line for line in predict(llama(), gossamer.AdamW(), layers=LoRA(RANK)).lines}[FROZEN]
-    assert dataclasses.astuple(frozen) == (FROZEN, "-", entries, 2 * entries, 0, 0, 0)
+    assert dataclasses.astuple(frozen) == (FROZEN, "-", entries, 2 * entries, 0, 0, 0, (0, 0))
 
     lines = {line.group: line for line in predict(llama(), gossamer.AdamW(), layers=SLTrain(RANK)).lines}
-    assert dataclasses.astuple(lines[BUFFERS]) == (BUFFERS, "-", 0, 4 * nonzero, 0, 0, 0)
+    assert dataclasses.astuple(lines[BUFFERS]) == (BUFFERS, "-", 0, 4 * nonzero, 0, 0, 0, (0, 0))
     values = lines["sparse values"]
     assert (values.parameters, values.weights, values.gradients, values.state) == (
         nonzero, 2 * nonzero, 2 * nonzero, 8 * nonzero,
@@ -273,7 +273,8 @@ def test_candidates_are_every_method_and_parametrization(found: list[Candidate])
         memory, it = predict("tiny", method), tried[key]
         assert (it.weights, it.gradients, it.state) == (memory.weights, memory.gradients, memory.state)
         assert it.activations == kept
-        assert it.total == memory.weights + memory.gradients + memory.state + kept
+        assert it.step == memory.scratch + max(memory.step)
+        assert it.total == memory.weights + memory.gradients + memory.state + max(kept, it.step)
     memory, it = predict("tiny", gossamer.AdamW(), layers=SLTrain(32)), tried["adamw", "sltrain", 32]
     assert (it.weights, it.gradients, it.state) == (memory.weights, memory.gradients, memory.state)
     assert it.activations == activations("tiny", ROWS, LENGTH, loss=token_loss, layers=SLTrain(32))
@@ -357,7 +358,7 @@ def test_budget_that_nothing_fits(
 
 
 def _parts(it: Candidate) -> tuple[int, ...]:
-    return it.weights, it.gradients, it.state, it.activations, it.total
+    return it.weights, it.gradients, it.state, it.activations, it.step, it.total
 
 
 def test_memory_of_layers_with_activations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -368,7 +369,11 @@ def test_memory_of_layers_with_activations(tmp_path: Path, capsys: pytest.Captur
     printed = capsys.readouterr().out
     memory = predict(llama(), gossamer.AdamW(), layers=SLTrain(4))
     (row,) = [line for line in printed.splitlines() if "total with adamw on sltrain" in line]
-    sizes = memory.parameters, memory.weights, memory.gradients, memory.state
+    steps = [
+        memory.step.transient,
+        predict(llama(), gossamer.AdamW(), layers=SLTrain(4), implementation="auto").step[0],
+    ]
+    sizes = memory.parameters, memory.weights, memory.gradients, memory.state, *steps
     assert [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*", row)] == [*sizes]
     assert "buffers" in printed
     kept = activations(llama(), 1, 64, loss=token_loss, layers=SLTrain(4))  # 64 tokens are all that the model allows

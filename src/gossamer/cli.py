@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gossamer
-from gossamer.bench import Bench, bench, summary_table, write_report
+from gossamer.bench import Bench, StepBench, bench, bench_step, step_table, summary_table, write_page, write_report
 from gossamer.errors import UserError, nearest
 from gossamer.evaluate import token_loss
 from gossamer.layers import PARAMETRIZATIONS, Parametrization, name_of
@@ -79,10 +79,20 @@ def run_pretrain(argv: list[str]) -> None:
 
 
 def run_bench(argv: list[str]) -> None:
+    if argv[:1] == ["step"]:
+        _run_bench_step(argv[1:])
+        return
     options = _parse(Bench, "bench", argv)
     folder = bench(options)
     Console().print(summary_table(folder))
     print(write_report(folder))
+
+
+def _run_bench_step(argv: list[str]) -> None:
+    options = _parse(StepBench, "bench step", argv)
+    rows = bench_step(options)
+    Console(width=None if sys.stdout.isatty() else 160).print(step_table(rows))
+    print(write_page(options.out))
 
 
 def run_report(argv: list[str]) -> None:
@@ -105,7 +115,8 @@ def run_memory(argv: list[str]) -> None:
     model = meta_model(options.model, options.layers, dtype, options.layer_targets)
     seq_len = _seq_len(options)
     kept = activations(model, options.batch_size, seq_len, options.checkpointing, loss=token_loss)
-    mine, dense = predict(model, options.method), predict(plain, gossamer.AdamW())
+    mine, fused = (predict(model, options.method, implementation=way) for way in ("reference", "auto"))
+    dense = predict(plain, gossamer.AdamW())
     table = Table(title=f"{options.model}, {mine.parameters:,} parameters, {options.dtype}; bytes")
     for column, justify in (
         ("group", "left"),
@@ -114,15 +125,18 @@ def run_memory(argv: list[str]) -> None:
         ("weights", "right"),
         ("gradients", "right"),
         ("optimizer state", "right"),
+        ("step", "right"),
+        ("fused step", "right"),
     ):
         table.add_column(column, justify=justify, no_wrap=column != "group")  # pyright: ignore
-    for line in mine.lines:
-        sizes = (line.parameters, line.weights, line.gradients, line.state)
+    for line, twin in zip(mine.lines, fused.lines, strict=True):
+        sizes = (line.parameters, line.weights, line.gradients, line.state, line.step.transient, twin.step.transient)
         table.add_row(line.group, line.method, *(f"{size:,}" for size in sizes))
     counters = sum(line.counters for line in mine.lines)
     table.add_row("step counters", "", "", "", "", f"{counters:,}", end_section=True)
-    for label, memory in ((f"total with {name}", mine), ("total with adamw", dense)):
+    for label, memory, twin in ((f"total with {name}", mine, fused), ("total with adamw", dense, dense)):
         sizes = (memory.parameters, memory.weights, memory.gradients, memory.state)
+        sizes = (*sizes, memory.step.transient, twin.step.transient)
         table.add_row(label, "", *(f"{size:,}" for size in sizes))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     totals = [memory.weights + memory.gradients + memory.state for memory in (mine, dense)]
@@ -131,6 +145,10 @@ def run_memory(argv: list[str]) -> None:
         f"{totals[1] / 2**30:.2f} GiB with adamw; "
         f"state of hidden matrices {mine.hidden_state / max(dense.hidden_state, 1):.1%} of adamw's"
     )
+    print(
+        f"a step takes, while it runs, {_mib(mine.step.transient)} ({_mib(mine.step.first)} where projectors are "
+        f"computed); fused {_mib(fused.step.transient)} ({_mib(fused.step.first)}), and {_mib(fused.scratch)} stay"
+    )
     print(f"activations of {_batch(options, seq_len)}: {kept / 2**30:.2f} GiB")
 
 
@@ -138,10 +156,10 @@ def _print_what_fits(options: MemoryOptions[Any, Any], budget: Size, dtype: torc
     seq_len = _seq_len(options)
     found = candidates(options.model, options.batch_size, seq_len, options.checkpointing, loss=token_loss, dtype=dtype)
     table = Table(title=f"{options.model}, {options.dtype}, {_batch(options, seq_len)}; {budget.unit}")
-    for column in ("method", "layers", "rank", "weights", "gradients", "state", "activations", "total", "fits"):
+    for column in ("method", "layers", "rank", "weights", "gradients", "state", "activations", "step", "total", "fits"):
         table.add_column(column, justify="left" if column in ("method", "layers") else "right", no_wrap=True)
     for it in found:
-        sizes = (it.weights, it.gradients, it.state, it.activations, it.total)
+        sizes = (it.weights, it.gradients, it.state, it.activations, it.step, it.total)
         rank, fits = "-" if it.rank is None else str(it.rank), "yes" if it.total <= budget.bytes else "no"
         table.add_row(it.method, it.layers, rank, *map(budget.show, sizes), fits)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
@@ -151,6 +169,10 @@ def _print_what_fits(options: MemoryOptions[Any, Any], budget: Size, dtype: torc
         f"{len(fitting)} of {len(found)} fit {budget}; "
         + "; ".join(f"{what}: {it}, {budget.show(it.total)} {budget.unit}" for what, it in ends.items())
     )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _seq_len(options: MemoryOptions[Any, Any]) -> int:
@@ -189,7 +211,7 @@ def run_methods(argv: list[str]) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "pretrain": (run_pretrain, "train a causal language model from scratch"),
-    "bench": (run_bench, "train every method on the same data and compare them"),
+    "bench": (run_bench, "train every method on the same data and compare them; bench step: time their steps"),
     "report": (run_report, "make the page of runs that are there"),
     "memory": (run_memory, "predict what training takes"),
     "methods": (run_methods, "list every optimizer and every low-rank layer"),

@@ -34,14 +34,22 @@ def test_memory_prints_what_predict_counts(tiny: Path, capsys: pytest.CaptureFix
     model = str(tiny / "config.json")
     assert main(["memory", "--method", "lora-pre", "--method.rank", "4", "--model", model, "--dtype", dtype]) == 0
     printed = capsys.readouterr().out.splitlines()
-    for label, method in (("lora-pre", build("lora-pre", rank=4)), ("adamw", gossamer.AdamW())):
-        memory = predict(model, method, dtype=getattr(torch, dtype))
+    width, lora_pre = getattr(torch, dtype), build("lora-pre", rank=4)
+    for label, method in (("lora-pre", lora_pre), ("adamw", gossamer.AdamW())):
+        memory, fused = (predict(model, method, dtype=width, implementation=way) for way in ("reference", "auto"))
         row = next(line for line in printed if f"total with {label}" in line)
-        assert numbers(row) == [memory.parameters, memory.weights, memory.gradients, memory.state]
-    lines = predict(model, build("lora-pre", rank=4), dtype=getattr(torch, dtype)).lines
+        sizes = memory.parameters, memory.weights, memory.gradients, memory.state
+        assert numbers(row) == [*sizes, memory.step.transient, fused.step.transient]
+    memory, fused = (predict(model, lora_pre, dtype=width, implementation=way) for way in ("reference", "auto"))
     rows = [numbers(line) for line in printed]
-    for line in lines:
-        assert [line.parameters, line.weights, line.gradients, line.state] in rows
+    for line, twin in zip(memory.lines, fused.lines, strict=True):
+        sizes = line.parameters, line.weights, line.gradients, line.state
+        assert [*sizes, line.step.transient, twin.step.transient] in rows
+    hidden = memory.lines[0].step.transient, fused.lines[0].step.transient
+    assert memory.lines[0].method == "lora-pre" and 0 < hidden[1] < hidden[0]
+    (said,) = (line for line in printed if line.startswith("a step takes"))
+    kept = [memory.step.transient, memory.step.first, *fused.step, fused.scratch]
+    assert re.findall(r"[\d.]+ MiB", said) == [f"{size / 2**20:.1f} MiB" for size in kept]
 
 
 def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,21 @@
-"""Comparing methods: suites, the runner, timing, and the report."""
+"""Comparing methods: suites, the runner and the report; the time of a step."""
 
 from gossamer.bench.report import write_report
 from gossamer.bench.runner import bench
+from gossamer.bench.step import StepBench, bench_step, step_table, write_page
 from gossamer.bench.suite import SUITES, Bench, Recipe, Suite
 from gossamer.bench.table import summary_table
 
-__all__ = ["SUITES", "Bench", "Recipe", "Suite", "bench", "summary_table", "write_report"]
+__all__ = [
+    "SUITES",
+    "Bench",
+    "Recipe",
+    "StepBench",
+    "Suite",
+    "bench",
+    "bench_step",
+    "step_table",
+    "summary_table",
+    "write_page",
+    "write_report",
+]

@@ -281,3 +281,41 @@ def _scale(quantity: str, values: list[float]) -> dict[str, Any]:
         return _axis("", rangemode="tozero")
     ticks = {"dtick": "D2"} if high < 1000 * low else {}  # at 1, 2 and 5, or else at powers of ten
     return _axis("", type="log", tickformat="~g", **ticks)
+
+
+def step_ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
+    """For each rival the ratio of step times against the rank, from least to greatest; a line a method and setting."""
+    figures = {}
+    for rival in dict.fromkeys(row["rival"] for row in rows):
+        lines: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["rival"] == rival and row["rank"]:
+                lines.setdefault(f"{row['method']}, {row['model']}, {row['dtype']}", []).append(row)
+        colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(sorted(lines))}
+        traces = [
+            {
+                "mode": "lines+markers",
+                "name": _text(name),
+                "x": [row["rank"] for row in points],
+                "y": [row["ratio"] for row in points],
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [row["ratio_max"] - row["ratio"] for row in points],
+                    "arrayminus": [row["ratio"] - row["ratio_min"] for row in points],
+                    "color": colours[name],
+                    "thickness": 1.2,
+                },
+                "line": {"color": colours[name], "width": 1.6},
+                "hovertemplate": f"%{{y:.3g}} at rank %{{x}}<extra>{_text(name)}</extra>",
+            }
+            for name, points in sorted(
+                (name, sorted(line, key=lambda row: row["rank"])) for name, line in lines.items()
+            )
+        ]
+        ranks = sorted({row["rank"] for line in lines.values() for row in line})
+        ticks = {"tickmode": "array", "tickvals": ranks, "ticktext": [str(rank) for rank in ranks]}
+        if traces:
+            x = _axis("rank", type="log", **ticks)
+            figures[rival] = _figure(traces, x, _axis(f"time ÷ {_text(rival)}", type="log", tickformat="~g"))
+    return figures

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,11 +13,75 @@ from torch import nn
 from gossamer.optim import Optimizer, param_groups
 from gossamer.optim.contract import Method
 
+WARM_UP = 2
+"""Steps of each before any counts: state is made, code is loaded, memory is touched."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Seconds of two steps taken back to back, pair by pair."""
+
+    ours: tuple[float, ...]
+    theirs: tuple[float, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        return [mine / other for mine, other in zip(self.ours, self.theirs, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        """The median."""
+        return statistics.median(self.ratios)
+
+
+def time_pairs(
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    *,
+    rounds: int,
+    device: torch.device | str = "cpu",
+) -> Pairs:
+    """Take both steps in turn, the first of a pair being the second of the next one.
+
+    On a GPU, times are those between two events on its stream, and its cache is flushed before each step.
+    """
+    seconds = _on_gpu(torch.device(device)) if torch.device(device).type == "cuda" else _on_cpu
+    for _ in range(WARM_UP):
+        ours()
+        theirs()
+    mine, others = [], []
+    for index in range(rounds):
+        for step, times in ((ours, mine), (theirs, others))[:: -1 if index % 2 else 1]:
+            times.append(seconds(step))
+    return Pairs(tuple(mine), tuple(others))
+
+
+def _on_cpu(step: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    step()
+    return time.perf_counter() - begun
+
+
+def _on_gpu(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    other_data = torch.empty(4 * cache, dtype=torch.int8, device=device)
+
+    def seconds(step: Callable[[], object]) -> float:
+        other_data.zero_()
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        step()
+        ended.record()
+        ended.synchronize()
+        return begun.elapsed_time(ended) / 1e3
+
+    return seconds
+
 
 def step_time_ratio(make_model: Callable[[], nn.Module], method: Method, *, rounds: int) -> float:
-    """Median over `rounds` of (our optimizer step) / (`torch.optim.AdamW`'s default step), taken in turn.
+    """Median over `rounds` pairs of (our optimizer step) / (`torch.optim.AdamW`'s default step).
 
-    Both train a copy of the same model with the same random gradients; the first two pairs warm up and do not count.
+    Both train a copy of the same model with the same random gradients.
     """
     ours, theirs = make_model(), make_model()
     rival = torch.optim.AdamW(theirs.parameters())
@@ -26,11 +91,4 @@ def step_time_ratio(make_model: Callable[[], nn.Module], method: Method, *, roun
     for p, q in zip(*trained, strict=True):
         p.grad = torch.randn(p.shape, generator=generator).mul_(1e-3)
         q.grad = p.grad.clone()
-    ratios = [_seconds(mine.step) / _seconds(rival.step) for _ in range(rounds + 2)]
-    return statistics.median(ratios[2:])
-
-
-def _seconds(step: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    step()
-    return time.perf_counter() - begun
+    return time_pairs(mine.step, rival.step, rounds=rounds).ratio

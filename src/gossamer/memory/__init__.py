@@ -1,19 +1,26 @@
-"""What training takes, in bytes, found out without taking it: weights, gradients, optimizer state, activations."""
+"""What training takes, in bytes, found out without taking it: weights, gradients, state, activations, a step; and
+what a step takes, measured."""
 
 from gossamer.memory.activations import activations, longest_row
 from gossamer.memory.budget import Candidate, Size, candidates, parse_size
+from gossamer.memory.measure import Measured, measure_step
 from gossamer.memory.predict import BUFFERS, FROZEN, Line, Memory, meta_model, predict
+from gossamer.memory.step import Alive, Step
 
 __all__ = [
     "BUFFERS",
     "FROZEN",
+    "Alive",
     "Candidate",
     "Line",
+    "Measured",
     "Memory",
     "Size",
+    "Step",
     "activations",
     "candidates",
     "longest_row",
+    "measure_step",
     "meta_model",
     "parse_size",
     "predict",

@@ -12,7 +12,7 @@ import torch
 from gossamer.errors import UserError
 from gossamer.layers import PARAMETRIZATIONS
 from gossamer.memory.activations import Loss, activations
-from gossamer.memory.predict import meta_model, predict
+from gossamer.memory.predict import Memory, meta_model, predict
 from gossamer.models import resolve_config
 from gossamer.optim.contract import Method, methods
 from gossamer.optim.groups import default_fallback, hidden_linears
@@ -68,10 +68,12 @@ class Candidate:
     gradients: int
     state: int
     activations: int
+    step: int
+    """The most that an optimizer step takes at once; activations are gone by then."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.state + self.activations
+        return self.weights + self.gradients + self.state + max(self.activations, self.step)
 
     def __str__(self) -> str:
         name = self.method if self.layers == "-" else f"{self.layers} with {self.method}"
@@ -87,7 +89,7 @@ def candidates(
     loss: Loss,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Candidate]:
-    """Every method, and every parametrization trained by AdamW, smallest total first.
+    """Every method, and every parametrization trained by AdamW, smallest total first; steps by the reference.
 
     At their defaults but for the rank: those of `RANKS` below the model's hidden size, and for a method its own default
     too. Layers have no rank above their smallest side.
@@ -102,16 +104,19 @@ def candidates(
     found: list[Candidate] = []
     for name, entry in methods().items():
         for method, rank in _at_ranks(entry.cls, ranks):
-            memory = predict(plain, method)
-            found.append(Candidate(name, "-", rank, memory.weights, memory.gradients, memory.state, kept))
+            found.append(_candidate(name, "-", rank, predict(plain, method), kept))
     smallest = min((min(linear.weight.shape) for _, linear in hidden_linears(plain)), default=0)
     for name, cls in PARAMETRIZATIONS.items():
         for rank in (rank for rank in ranks if rank <= smallest):
             built = meta_model(config, cls(rank=rank), dtype)
-            memory = predict(built, default_fallback())
             kept = activations(built, *sizes, loss=loss)
-            found.append(Candidate("adamw", name, rank, memory.weights, memory.gradients, memory.state, kept))
+            found.append(_candidate("adamw", name, rank, predict(built, default_fallback()), kept))
     return sorted(found, key=lambda candidate: candidate.total)
+
+
+def _candidate(method: str, layers: str, rank: int | None, memory: Memory, kept: int) -> Candidate:
+    step = memory.scratch + max(memory.step)
+    return Candidate(method, layers, rank, memory.weights, memory.gradients, memory.state, kept, step)
 
 
 def _at_ranks(cls: type[Any], ranks: list[int]) -> Iterator[tuple[Method, int | None]]:

@@ -1,8 +1,9 @@
-"""Weights, gradients and optimizer state, counted by the code that takes them, on tensors that take no memory."""
+"""What training holds but activations, counted by the code that takes it, on tensors that take no memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import UserError
 from gossamer.layers import Parametrization, apply
+from gossamer.memory.step import Kind, Step, count_step
 from gossamer.models import build_model, resolve_config
 from gossamer.optim.contract import Method, entry_of
 from gossamer.optim.groups import HIDDEN, Rules, param_groups
@@ -37,13 +39,17 @@ class Line:
     """The method's tensors."""
     counters: int
     """The driver's counters, 12 bytes a parameter tensor."""
+    step: Step
+    """The most that a step takes at once for parameters of this group."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """A prediction: lines that add up. Everything in bytes."""
+    """A prediction: lines that add up, but for their steps, which follow one another. Everything in bytes."""
 
     lines: tuple[Line, ...]
+    scratch: int
+    """Buffers that the optimizer keeps from step to step, beside state."""
 
     @property
     def parameters(self) -> int:
@@ -64,6 +70,11 @@ class Memory:
         return sum(line.state + line.counters for line in self.lines)
 
     @property
+    def step(self) -> Step:
+        """The most that a step takes at once, beside all that is there before and after it."""
+        return _largest(line.step for line in self.lines)
+
+    @property
     def hidden_state(self) -> int:
         """The state of hidden layers alone, without counters: what a low-rank method compresses."""
         return sum(line.state for line in self.lines if line.group in HIDDEN)
@@ -78,8 +89,9 @@ def predict(
     layers: Parametrization | None = None,
     layer_targets: Sequence[str] = (),
     dtype: torch.dtype = torch.bfloat16,
+    implementation: str = "reference",
 ) -> Memory:
-    """Bytes of weights, gradients and optimizer state, by group of parameters.
+    """Bytes of weights, gradients and optimizer state, by group of parameters, and what a step on a CPU takes besides.
 
     Frozen parameters and persistent buffers (the indices of sparse layers; not rotary frequencies, which are made anew)
     are lines of their own, without gradients and state.
@@ -91,6 +103,7 @@ def predict(
         layers, layer_targets: what replaces hidden linear layers, and which, as for `gossamer.layers.apply`, unless
             `model` is a module.
         dtype: of weights and gradients, unless `model` is a module.
+        implementation: of the step, as for `gossamer.Optimizer`.
     """
     model = meta_model(model, layers, dtype, layer_targets)
     groups: dict[tuple[str, str], list[tuple[Method, Tensor]]] = {}
@@ -98,14 +111,16 @@ def predict(
         name = entry_of(group["method"]).name
         for why, param in zip(group["why"], group["params"], strict=True):
             groups.setdefault((why, name), []).append((group["method"], param))
-    lines = [_line(why, name, members) for (why, name), members in groups.items()]
+    kinds = Counter(_kind(*member) for members in groups.values() for member in members)
+    steps, scratch = _steps(kinds, implementation)
+    lines = [_line(why, name, members, steps) for (why, name), members in groups.items()]
     if frozen := [p for p in model.parameters() if not p.requires_grad]:
-        lines.append(Line(FROZEN, "-", sum(p.numel() for p in frozen), num_bytes(frozen), 0, 0, 0))
+        lines.append(Line(FROZEN, "-", sum(p.numel() for p in frozen), num_bytes(frozen), 0, 0, 0, Step(0, 0)))
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     saved = model.state_dict()
     if buffers := [saved[name] for name, _ in model.named_buffers() if name in saved.keys() - parameters]:
-        lines.append(Line(BUFFERS, "-", 0, num_bytes(buffers), 0, 0, 0))
-    return Memory(tuple(lines))
+        lines.append(Line(BUFFERS, "-", 0, num_bytes(buffers), 0, 0, 0, Step(0, 0)))
+    return Memory(tuple(lines), scratch)
 
 
 def meta_model(
@@ -130,11 +145,34 @@ def meta_model(
     return built
 
 
-def _line(why: str, name: str, members: list[tuple[Method, Tensor]]) -> Line:
+def _line(why: str, name: str, members: list[tuple[Method, Tensor]], steps: dict[Kind, Step]) -> Line:
     weights = num_bytes(param for _, param in members)
     sizes = [_state_bytes(method, param.shape, param.dtype) for method, param in members]
     state, counters = (sum(column) for column in zip(*sizes, strict=True))
-    return Line(why, name, sum(param.numel() for _, param in members), weights, weights, state, counters)
+    step = _largest(steps[_kind(*member)] for member in members)
+    return Line(why, name, sum(param.numel() for _, param in members), weights, weights, state, counters, step)
+
+
+def _kind(method: Method, param: Tensor) -> Kind:
+    return Kind(method, param.shape, param.dtype)
+
+
+def _largest(steps: Iterable[Step]) -> Step:
+    return Step(*map(max, zip(*steps, strict=True)))
+
+
+def _steps(kinds: Mapping[Kind, int], implementation: str) -> tuple[dict[Kind, Step], int]:
+    found, scratch = {}, 0
+    # the reference's parameters have nothing in common, so what is known of one model's is known of another's
+    for part in [{kind: 1} for kind in kinds] if implementation == "reference" else [kinds]:
+        steps, own = _counted(tuple(part.items()), implementation)
+        found, scratch = found | steps, max(scratch, own)
+    return found, scratch
+
+
+@cache
+def _counted(kinds: tuple[tuple[Kind, int], ...], implementation: str) -> tuple[dict[Kind, Step], int]:
+    return count_step(dict(kinds), implementation)
 
 
 @cache  # layers repeat, and so do the methods of a search
