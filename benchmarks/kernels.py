@@ -188,10 +188,12 @@ def measure(variant: Variant) -> Row:
         for i, name in enumerate(names)
         if variant.types.get(name, "").startswith("*") or name in variant.divisible
     }
+    absent = [name for name in names if name not in variant.types]  # None, if no constant either
+    constants: dict[str, Any] = {**dict.fromkeys(absent), **variant.constants}
     source = ASTSource(
         variant.fn,
         {name: variant.types.get(name, "constexpr") for name in names},
-        {name: TYPES.get(c, c) for name in names if name not in variant.types for c in [variant.constants.get(name)]},
+        {name: TYPES.get(value, value) for name, value in constants.items()},
         attributes,
     )
     options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True}
@@ -266,8 +268,8 @@ def table(rows: Iterable[Row]) -> str:
         each = ", ".join(f"{name} {count}" for name, count in row.instructions.items())
         aligned = {True: "yes", False: "no"}.get(c.get("ALIGNED"), "-")  # pyright: ignore
         cells = (
-            " ".join((row.kernel, c.get("SECOND", ""))).strip(), c.get("GRAD", "-"), c.get("R", c.get("SIZE", "-")), aligned, tiles or c.get("BLOCK", "-"),
-            row.warps, row.registers, row.stack, f"{row.shared / 1024:.0f} KiB", each,
+            f"{row.kernel} {c.get('SECOND', '')}".strip(), c.get("GRAD", "-"), c.get("R", c.get("SIZE", "-")), aligned,
+            tiles or c.get("BLOCK", "-"), row.warps, row.registers, row.stack, f"{row.shared / 1024:.0f} KiB", each,
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

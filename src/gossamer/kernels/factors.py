@@ -14,8 +14,9 @@ The second moment comes in five kinds, `SECOND`:
     absolute      (B A)^2                                            T = |g|
 
 Wherever a moment's B A enters it was multiplied by its weight in the bias-corrected moment of this step.
-Each kernel takes L matrices of one shape (M, N) in one launch. Thin operands are padded with zeros: (L, M, R) and
-(L, R, WIDTH), with R a power of two and rows of WIDTH numbers at multiples of 16 bytes.
+Each kernel takes L matrices of one shape (M, N) in one launch. Thin operands come as the bf16 pieces that they are the
+sum of, P of them, and are filled up with zeros: (L, P, HEIGHT, R) and (L, P, R, WIDTH), where R is a power of two, and
+HEIGHT and WIDTH are M and N up to the next multiple of 64 and 8.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gossamer.kernels import Tables, primitives
+from gossamer.kernels.lora_pre import PIECES, pieces, product, split, whole
 from gossamer.kernels.primitives import clip, dot, narrow, pointer, reciprocal, root, round_bf16_ref
 
 OWN_M, OWN_V, TAIL_WEIGHT, RATE, DECAY, SEED = range(6)
@@ -37,8 +39,8 @@ COLUMNS = tl.constexpr(6)
 DIRECTION_BOUND = tl.constexpr(torch.finfo(torch.float32).max ** 0.5)
 FACTORED = ("floored", "square", "absolute")
 FLOORED = ("floored", "square")
-PRECISION = "tf32x3"
-"""Of products of fp32 operands: three tf32 ones, which keep fp32's accuracy."""
+GRAIN = tl.constexpr(64)
+"""Operands with a row for each of the matrix are filled up to a multiple of this, so that no tile is larger."""
 
 
 def sketch_ref(
@@ -61,8 +63,8 @@ def sketch_ref(
     Args:
         grads: L matrices (M, N), fp32 or bf16; the kernel takes a table of their addresses.
         numbers: (L, 6) fp32.
-        m_W, v_W: (L, R, WIDTH) test matrices, of the operands' dtype, as are the factors of the second moment.
-        v_B, v_A: (L, M, R) and (L, R, WIDTH).
+        m_W, v_W: (L, P, R, WIDTH), the test matrices.
+        v_B, v_A: (L, P, HEIGHT, R) and (L, P, R, WIDTH).
         m_Y, v_Y: (L, M, R) fp32, written: T W^T. "floored" counts the floor as zero here.
         below_Y: (L, M, R) fp32, written by "floored": [B A < 0] W^T, which is to be added `floor` times.
         rows: (L, M) fp32, written by "rows-columns": the sums of g^2.
@@ -71,31 +73,22 @@ def sketch_ref(
         bound: g is cut here in g^2.
     """
     for i, grad in enumerate(grads):
-        n, g = grad.shape[1], grad.float()
+        (m, n), g = grad.shape, grad.float()
         square = g.clamp(-bound, bound).square()
-        m_Y[i] = g @ m_W[i, :, :n].float().mT
+        m_Y[i] = g @ whole(m_W[i])[0][:, :n].mT
         if SECOND == "rows-columns":
             rows[i] = square.sum(1)
         if SECOND not in FACTORED:
             continue
+        w, b, a = whole(v_W[i], v_B[i], v_A[i])
         target = g.abs() if SECOND == "absolute" else numbers[i, OWN_V] * square
         if SECOND != "absolute":
-            past = v_B[i].float() @ v_A[i, :, :n].float()
+            past = b[:m] @ a[:, :n]
             below[i] = torch.stack([-past.clamp_max(0).sum(1), (past < 0).sum(1)], 1)
             if SECOND == "floored":
                 target = target - past.clamp_max(0)
-                below_Y[i] = (past < 0).float() @ v_W[i, :, :n].float().mT
-        v_Y[i] = target @ v_W[i, :, :n].float().mT
-
-
-@triton.jit
-def operand(x, TYPE: tl.constexpr, DOT_F32: tl.constexpr):
-    """`x` as a product takes it; the interpreter's own conversion to bf16 cuts."""
-    if DOT_F32:
-        found = x.to(tl.float32)
-    else:
-        found = x.to(TYPE)
-    return found
+                below_Y[i] = (past < 0).float() @ w[:, :n].mT
+        v_Y[i] = target @ w[:, :n].mT
 
 
 @triton.jit
@@ -149,53 +142,55 @@ def sketch(
     SECOND: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    G_TYPE: tl.constexpr,
+    GRAD: tl.constexpr,
     ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
     DOT_F32: tl.constexpr,
 ):
-    LOW: tl.constexpr = m_W.dtype.element_ty
     FLOOR: tl.constexpr = SECOND == "floored" or SECOND == "square"
     HAS_V: tl.constexpr = FLOOR or SECOND == "absolute"
     blocks = tl.cdiv(M, BM)
     layer, row = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BM
     own = tl.load(numbers + layer * COLUMNS + 1)
-    i = row + tl.arange(0, BM)
-    grad = matrix(pointer(grads, layer, G_TYPE), M, N, BM, BN, ALIGNED)
-    m_w = matrix(m_W + layer * R * WIDTH, R, WIDTH, R, BN, True)
+    i, height = row + tl.arange(0, BM), tl.cdiv(M, GRAIN) * GRAIN
+    grad = matrix(pointer(grads, layer, GRAD), M, N, BM, BN, ALIGNED)
+    m_w = matrix(m_W + layer * PIECES * R * WIDTH, PIECES * R, WIDTH, R, BN, True)
     m_y = tl.zeros((BM, R), tl.float32)
     if SECOND == "rows-columns":
         sums = tl.zeros((BM, BN), tl.float32)
     if HAS_V:
-        v_w = matrix(v_W + layer * R * WIDTH, R, WIDTH, R, BN, True)
+        v_w = matrix(v_W + layer * PIECES * R * WIDTH, PIECES * R, WIDTH, R, BN, True)
         v_y = tl.zeros((BM, R), tl.float32)
     if FLOOR:
-        v_b = matrix(v_B + layer * M * R, M, R, BM, R, True).load([row, 0])
-        v_a = matrix(v_A + layer * R * WIDTH, R, WIDTH, R, BN, True)
+        v_b = matrix(v_B + layer * PIECES * height * R, PIECES * height, R, BM, R, True)
+        v_b = pieces(v_b, row, 0, height, PIECES)
+        v_a = matrix(v_A + layer * PIECES * R * WIDTH, PIECES * R, WIDTH, R, BN, True)
         total, count = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     if SECOND == "floored":
         below_y = tl.zeros((BM, R), tl.float32)
 
     for column in range(0, N, BN):
         g = read(grad, row, column, M, N, BM, BN, ALIGNED)
-        m_y = dot(g.to(LOW), tl.trans(m_w.load([0, column])), m_y, PRECISION, DOT_F32)
+        m_y = product(split(g, PIECES), pieces(m_w, 0, column, R, PIECES), m_y, PIECES, "b", DOT_F32)
         square = tl.minimum(g.to(tl.float32) * g.to(tl.float32), bound * bound, propagate_nan=tl.PropagateNan.ALL)
         if SECOND == "rows-columns":
             sums += square
         if HAS_V:
-            w = tl.trans(v_w.load([0, column]))
+            w = pieces(v_w, 0, column, R, PIECES)
             if FLOOR:
-                target = own * square
-                past = dot(v_b, v_a.load([0, column]), tl.zeros((BM, BN), tl.float32), PRECISION, DOT_F32)
+                a, zero = pieces(v_a, 0, column, R, PIECES), tl.zeros((BM, BN), tl.float32)
+                past = product(v_b, a, zero, PIECES, "", DOT_F32)
+                negative = tl.where(past < 0, 1.0, 0.0)
                 total -= tl.sum(tl.minimum(past, 0.0), 1)
-                count += tl.sum(tl.where(past < 0, 1.0, 0.0), 1)
+                count += tl.sum(negative, 1)
+                target = own * square
                 if SECOND == "floored":
                     target -= tl.minimum(past, 0.0)
-                    below_y = dot(operand(tl.where(past < 0, 1.0, 0.0), LOW, DOT_F32), w, below_y, PRECISION, DOT_F32)
-                target = operand(target, LOW, DOT_F32)
+                    for piece in tl.static_range(PIECES):
+                        below_y = dot(negative.to(tl.bfloat16), tl.trans(w[piece]), below_y, "ieee", DOT_F32)
             else:
-                target = tl.abs(g.to(LOW))
-            v_y = dot(target, w, v_y, PRECISION, DOT_F32)
+                target = tl.abs(g)
+            v_y = product(split(target, PIECES), w, v_y, PIECES, "b", DOT_F32)
 
     matrix(m_Y + layer * M * R, M, R, BM, R, True).store([row, 0], m_y)
     if SECOND == "rows-columns":
@@ -242,10 +237,10 @@ def update_ref(
     Args:
         params, grads: L matrices (M, N); the kernel takes tables of their addresses.
         numbers: (L, 6) fp32.
-        m_B, m_A: (L, M, R) and (L, R, WIDTH); A is fp32, all other operands of one dtype.
-        m_I, m_W: (L, M, R) and (L, R, WIDTH), read with a tail.
-        m_N, v_N: (L, M, R), the new B'.
-        v_B, v_A: (L, M, R) and (L, R, WIDTH).
+        m_B, m_A: (L, P, HEIGHT, R), and (L, R, WIDTH) fp32.
+        m_I, m_W: (L, P, HEIGHT, R) and (L, P, R, WIDTH), read with a tail.
+        m_N, v_N: (L, P, HEIGHT, R), the new B'.
+        v_B, v_A: (L, P, HEIGHT, R) and (L, P, R, WIDTH).
         rows, columns: (L, M) and (L, N) fp32, read by "rows-columns": the second moment without this step's.
         floor: (L,) fp32.
         m_P, v_P: (L, R, WIDTH) fp32, written: B'^T T.
@@ -255,31 +250,33 @@ def update_ref(
         TAIL: whether there is a tail. STOCHASTIC: how the weights are rounded.
     """
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        n, raw, g = grad.shape[1], grad.float(), grad.float().clamp(-bound, bound)
+        (m, n), raw, g = grad.shape, grad.float(), grad.float().clamp(-bound, bound)
         own_m, own_v, tail, rate, decay, seed = numbers[i]
-        m_P[i, :, :n] = m_N[i].float().mT @ raw
+        m_P[i, :, :n] = whole(m_N[i])[0][:m].mT @ raw
         v = own_v * g.square()
         if SECOND == "rows-columns":
             v = v + torch.outer(rows[i], columns[i])
             sums[i] = g.square().sum(0)
         elif SECOND in FACTORED:
-            past = v_B[i].float() @ v_A[i, :, :n].float()
+            b, a, new_b = whole(v_B[i], v_A[i], v_N[i])
+            past = b[:m] @ a[:, :n]
             history = past.square() if SECOND == "absolute" else torch.where(past < 0, floor[i], past)
             target = {"absolute": raw.abs(), "square": v, "floored": history - past + v}[SECOND]
-            v_P[i, :, :n] = v_N[i].float().mT @ target
+            v_P[i, :, :n] = new_b[:m].mT @ target
             v = v + history
         if not STEP:
             continue
-        thin = m_A[i, :, :n]
+        b, thin = whole(m_B[i])[0][:m], m_A[i, :, :n]
         if TAIL and tail != 0:
-            thin = thin - tail * (m_B[i].float().mT @ raw)
-        m = m_B[i].float() @ thin + own_m * g
+            thin = thin - tail * (b.mT @ raw)
+        moment = b @ thin + own_m * g
         if TAIL:
-            m = m + m_I[i].float() @ m_W[i, :, :n].float()
+            inside, w = whole(m_I[i], m_W[i])
+            moment = moment + inside[:m] @ w[:, :n]
         largest = torch.finfo(torch.float32).max ** 0.5
-        direction = m.sign() if SECOND == "none" else (m / (v.sqrt() + eps)).clamp(-largest, largest)
+        direction = moment.sign() if SECOND == "none" else (moment / (v.sqrt() + eps)).clamp(-largest, largest)
         new = decay * param.float() - rate * direction
-        param.copy_(round_bf16_ref(new, m, seed.int()) if STOCHASTIC else new)
+        param.copy_(round_bf16_ref(new, moment, seed.int()) if STOCHASTIC else new)
 
 
 @triton.jit
@@ -313,51 +310,52 @@ def update(
     STOCHASTIC: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    W_TYPE: tl.constexpr,
-    G_TYPE: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
     ALIGNED: tl.constexpr,
     FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
     DOT_F32: tl.constexpr,
 ):
-    LOW: tl.constexpr = m_N.dtype.element_ty
     HAS_V: tl.constexpr = SECOND == "floored" or SECOND == "square" or SECOND == "absolute"
     blocks = tl.cdiv(N, BN)
     layer, column = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BN
     own_m, own_v = tl.load(numbers + layer * COLUMNS), tl.load(numbers + layer * COLUMNS + 1)
     tail, rate = tl.load(numbers + layer * COLUMNS + 2), tl.load(numbers + layer * COLUMNS + 3)
     decay, seed = tl.load(numbers + layer * COLUMNS + 4), tl.load(numbers + layer * COLUMNS + 5).to(tl.int32)
-    j = column + tl.arange(0, BN)
-    grad = matrix(pointer(grads, layer, G_TYPE), M, N, BM, BN, ALIGNED)
-    m_n = matrix(m_N + layer * M * R, M, R, BM, R, True)
+    j, height = column + tl.arange(0, BN), tl.cdiv(M, GRAIN) * GRAIN
+    grad = matrix(pointer(grads, layer, GRAD), M, N, BM, BN, ALIGNED)
+    m_n = matrix(m_N + layer * PIECES * height * R, PIECES * height, R, BM, R, True)
     m_p = tl.zeros((R, BN), tl.float32)
     if HAS_V:
-        v_b = matrix(v_B + layer * M * R, M, R, BM, R, True)
-        v_a = matrix(v_A + layer * R * WIDTH, R, WIDTH, R, BN, True).load([0, column])
-        v_n = matrix(v_N + layer * M * R, M, R, BM, R, True)
+        v_b = matrix(v_B + layer * PIECES * height * R, PIECES * height, R, BM, R, True)
+        v_a = matrix(v_A + layer * PIECES * R * WIDTH, PIECES * R, WIDTH, R, BN, True)
+        v_a = pieces(v_a, 0, column, R, PIECES)
+        v_n = matrix(v_N + layer * PIECES * height * R, PIECES * height, R, BM, R, True)
         v_p = tl.zeros((R, BN), tl.float32)
         lowest = tl.load(floor + layer)
     if SECOND == "rows-columns":
         mean = tl.load(columns + layer * N + j, j < N, 0.0)
         squares = tl.zeros((BM, BN), tl.float32)
     if STEP:
-        param = matrix(pointer(params, layer, W_TYPE), M, N, BM, BN, ALIGNED)
-        m_b = matrix(m_B + layer * M * R, M, R, BM, R, True)
+        param = matrix(pointer(params, layer, WEIGHT), M, N, BM, BN, ALIGNED)
+        m_b = matrix(m_B + layer * PIECES * height * R, PIECES * height, R, BM, R, True)
         thin = matrix(m_A + layer * R * WIDTH, R, WIDTH, R, BN, True).load([0, column])
         if TAIL:
-            inside = matrix(m_I + layer * M * R, M, R, BM, R, True)
-            w = matrix(m_W + layer * R * WIDTH, R, WIDTH, R, BN, True).load([0, column])
+            inside = matrix(m_I + layer * PIECES * height * R, PIECES * height, R, BM, R, True)
+            w = matrix(m_W + layer * PIECES * R * WIDTH, PIECES * R, WIDTH, R, BN, True)
+            w = pieces(w, 0, column, R, PIECES)
             if tail != 0:
                 known = tl.zeros((R, BN), tl.float32)
                 for row in range(0, M, BM):
-                    g = read(grad, row, column, M, N, BM, BN, ALIGNED).to(LOW)
-                    known = dot(tl.trans(m_b.load([row, 0])), g, known, PRECISION, DOT_F32)
+                    g = split(read(grad, row, column, M, N, BM, BN, ALIGNED), PIECES)
+                    known = product(pieces(m_b, row, 0, height, PIECES), g, known, PIECES, "a", DOT_F32)
                 thin -= tail * known
-        thin = operand(thin, LOW, DOT_F32)
+        thin = split(thin, PIECES)
 
     for row in range(0, M, BM):
         raw = read(grad, row, column, M, N, BM, BN, ALIGNED)
-        m_p = dot(tl.trans(m_n.load([row, 0])), raw.to(LOW), m_p, PRECISION, DOT_F32)
+        m_p = product(pieces(m_n, row, 0, height, PIECES), split(raw, PIECES), m_p, PIECES, "a", DOT_F32)
         g = clip(raw.to(tl.float32), bound)
         v = own_v * g * g
         if SECOND == "rows-columns":
@@ -365,27 +363,28 @@ def update(
             squares += g * g
             v += tl.load(rows + layer * M + i, i < M, 0.0)[:, None] * mean[None, :]
         if HAS_V:
-            past = dot(v_b.load([row, 0]), v_a, tl.zeros((BM, BN), tl.float32), PRECISION, DOT_F32)
+            zero = tl.zeros((BM, BN), tl.float32)
+            past = product(pieces(v_b, row, 0, height, PIECES), v_a, zero, PIECES, "", DOT_F32)
             if SECOND == "absolute":
-                target, history = tl.abs(raw.to(LOW)), past * past
+                target, history = tl.abs(raw), past * past
             else:
                 target, history = v, tl.where(past < 0, lowest, past)
                 if SECOND == "floored":
                     target += history - past
-                target = operand(target, LOW, DOT_F32)
-            v_p = dot(tl.trans(v_n.load([row, 0])), target, v_p, PRECISION, DOT_F32)
+            v_p = product(pieces(v_n, row, 0, height, PIECES), split(target, PIECES), v_p, PIECES, "a", DOT_F32)
             v += history
         if STEP:
-            m = dot(m_b.load([row, 0]), thin, tl.zeros((BM, BN), tl.float32), PRECISION, DOT_F32)
+            zero = tl.zeros((BM, BN), tl.float32)
+            m = product(pieces(m_b, row, 0, height, PIECES), thin, zero, PIECES, "", DOT_F32)
             if TAIL:
-                m = dot(inside.load([row, 0]), w, m, PRECISION, DOT_F32)
+                m = product(pieces(inside, row, 0, height, PIECES), w, m, PIECES, "", DOT_F32)
             m += own_m * g
             if SECOND == "none":
                 direction = tl.where(m > 0, 1.0, tl.where(m < 0, -1.0, m))
             else:
                 direction = clip(m * reciprocal(root(v, FAST) + eps, FAST), DIRECTION_BOUND)
             old = read(param, row, column, M, N, BM, BN, ALIGNED).to(tl.float32)
-            new = narrow(decay * old - rate * direction, m, seed, W_TYPE, STOCHASTIC)
+            new = narrow(decay * old - rate * direction, m, seed, WEIGHT, STOCHASTIC)
             write(param, row, column, new, M, N, BM, BN, ALIGNED)
 
     matrix(m_P + layer * R * WIDTH, R, WIDTH, R, BN, True).store([0, column], m_p)
@@ -396,28 +395,23 @@ def update(
 
 
 def tile(kernel: str, SECOND: str, depth: int, dtype: torch.dtype, aligned: bool) -> dict[str, int]:
-    """A large tile of a kernel that spills nothing, for R = depth and operands of a dtype: `benchmarks/kernels.py`."""
-    factored = SECOND in FACTORED
-    if dtype is torch.float32:  # each operand of a product is held three times
-        shapes = {"sketch": {16: (64, 32, 4), 32: (64, 32, 4), 64: (32, 32, 8)}} | {
-            "update": {16: (64, 64, 4), 32: (16, 64, 4), 64: (16, 32, 4)}
-        }
-        BM, BN, warps = shapes[kernel][depth]
-        BN = BN if aligned else BN // 2
-    elif aligned:
-        BM, BN, warps = 64, 32 if factored and depth > 64 else 64, 4
-    else:
-        BM, BN, warps = 64, 32, 8 if kernel == "sketch" and depth > 64 else 4
-    narrow = aligned and depth <= 32 and dtype is torch.bfloat16
-    return {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": 3 if narrow else 2}
+    """The largest tile of a kernel found that spills nothing: `benchmarks/kernels.py` has what the compiler says."""
+    small = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
+    if kernel == "update" and dtype is torch.float32:  # three pieces of every operand in registers
+        rows = 32 if depth == 16 or (depth == 32 and aligned) else 16
+        return {**small, "BM": rows, "BN": 64 if aligned or depth < 64 else 32}
+    if dtype is torch.float32 or (SECOND in FACTORED and depth > 64) or not aligned:
+        crowded = kernel == "sketch" and depth > 64 and not aligned
+        return {**small, "num_warps": 8} if crowded else small
+    return {**small, "BN": 64, "num_stages": 3 if depth < 64 else 2}
 
 
 def launch_sketch(tables: Tables, numbers: Tensor, *tensors: Tensor | None, bound: float, SECOND: str) -> None:
     """Run `sketch` on its tensors from `m_W` to `below`, None where it reads nothing."""
     m_W = tensors[0]
     assert m_W is not None
-    shape = tile("sketch", SECOND, m_W.shape[1], m_W.dtype, tables.aligned)
-    tasks = len(m_W) * triton.cdiv(tables.shape[0], shape["BM"])
+    shape = tile("sketch", SECOND, m_W.shape[2], tables.dtype, tables.aligned)
+    tasks = len(m_W) * -(-tables.shape[0] // shape["BM"])
     _launch(sketch, tasks, tables, (tables.grads, numbers, *tensors, bound), m_W, SECOND=SECOND, **shape)
 
 
@@ -432,10 +426,10 @@ def launch_update(
     TAIL: bool,
 ) -> None:
     """Run `update` on its tensors from `m_B` to `sums`, None where it reads nothing."""
-    m_P, m_N = tensors[11], tensors[4]
-    assert m_P is not None and m_N is not None
-    shape = tile("update", SECOND, m_P.shape[1], m_N.dtype, tables.aligned)
-    tasks = len(m_P) * triton.cdiv(tables.shape[1], shape["BN"])
+    m_P = tensors[11]
+    assert m_P is not None
+    shape = tile("update", SECOND, m_P.shape[1], tables.dtype, tables.aligned)
+    tasks = len(m_P) * -(-tables.shape[1] // shape["BN"])
     _launch(
         update,
         tasks,
@@ -446,7 +440,7 @@ def launch_update(
         STEP=STEP,
         TAIL=TAIL,
         STOCHASTIC=tables.stochastic,
-        W_TYPE=primitives.TYPES[tables.dtype],
+        WEIGHT=primitives.TYPES[tables.dtype],
         FAST=primitives.constants()["FAST"],
         **shape,
     )
@@ -460,11 +454,11 @@ def _launch(
         kernel[(tasks,)](
             *arguments,
             *tables.shape,
-            rows.shape[2],
-            R=rows.shape[1],
-            G_TYPE=primitives.TYPES[tables.grad_dtype],
+            rows.shape[-1],
+            R=rows.shape[-2],
+            GRAD=primitives.TYPES[tables.grad_dtype],
             ALIGNED=tables.aligned,
-            PRECISION=PRECISION,
+            PIECES=PIECES[tables.dtype],
             DOT_F32=primitives.constants()["DOT_F32"],
             enable_fp_fusion=True,
             **constants,

@@ -14,9 +14,9 @@ def product_ref(x: Tensor, y: Tensor) -> Tensor:
 def product(x: Tensor, y: Tensor) -> Tensor:
     """`product_ref` by the fastest path there is, a new tensor.
 
-    torch sends fp32 on a CPU to MKL, which is slow where a side is thin: oneDNN's linear layer does the same arithmetic
-    up to twice as fast. After `torch.set_float32_matmul_precision("medium")`, which says that fp32 products may be made
-    of bf16 numbers, they are: faster at ranks of 64 and more, and wrong by 3e-3.
+    torch sends fp32 on a CPU to MKL, which is slow where a side is thin: oneDNN's linear layer does the same sums up to
+    twice as fast. After `torch.set_float32_matmul_precision("medium")`, which says that fp32 products may be made of
+    bf16 numbers, they are: faster at ranks of 64 and more, and wrong by 3e-3.
     """
     if x.dtype is not torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return x @ y

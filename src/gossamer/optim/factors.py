@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gossamer.kernels import product as thin
 from gossamer.linalg import damped_gram, damped_size, orthonormalize
 from gossamer.optim.contract import State
 from gossamer.optim.stores import arithmetic_dtype
@@ -66,7 +65,7 @@ class Damped(NamedTuple):
 
     def solve(self, y: Tensor) -> Tensor:
         """`y (X^T X + lambda I)^{-1}`, (k, r), of a y that is a product with X; zero where X is."""
-        return thin.product(y / self.size, self.inverse).div_(self.size)
+        return (y / self.size @ self.inverse).div_(self.size)
 
 
 def damped(xs: Sequence[Tensor], damping: float, *, relative: bool) -> list[Damped]:
@@ -75,7 +74,7 @@ def damped(xs: Sequence[Tensor], damping: float, *, relative: bool) -> list[Damp
     for x in xs:
         size = damped_size(torch.maximum(*_ends(x)), damping, relative=relative)
         unit = x / size
-        grams.append(thin.product(unit.mT, unit))
+        grams.append(unit.mT @ unit)
         sizes.append(size)
     size = torch.stack(sizes)[:, None, None]
     factors, _ = torch.linalg.cholesky_ex(damped_gram(torch.stack(grams), size, damping, relative=relative))
@@ -128,27 +127,9 @@ def nonnegative(x: Tensor) -> Tensor:
 
     MLorc's Algorithm 1. Without a floor an entry near zero would divide by nothing; no host synchronisation.
     """
-    floor = Floor(x)
-    below = floor.see(x)
-    return torch.where(below, floor.mean(), x)
-
-
-class Floor:
-    """The mean magnitude of the negative entries of a moment, which may come some rows at a time."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.total = like.new_zeros(())
-        self.count = like.new_zeros((), dtype=torch.int64)
-
-    def see(self, x: Tensor) -> Tensor:
-        """Returns where x is negative."""
-        below = x < 0
-        self.total -= x.clamp_max(0).sum()
-        self.count += below.sum()
-        return below
-
-    def mean(self) -> Tensor:
-        return self.total / self.count.clamp_min(1)
+    below = x < 0
+    floor = -x.clamp_max(0).sum() / below.sum().clamp_min(1)
+    return torch.where(below, floor, x)
 
 
 def means(param: Tensor, name: str) -> State:

@@ -96,11 +96,15 @@ class Passes:
     def frames(self) -> Named:
         """`factors.frame` on stacks: orthonormal rows that span those of A, random while A is zero."""
         fresh = self.gaussian()
-        return {
-            name: cholesky_qr(torch.where((a != 0).any(2).any(1)[:, None, None], a, fresh[name]).mT).mT
-            for name, a in self.a.items()
-        }
+        nonzero = {name: (a != 0).any(2).any(1)[:, None, None] for name, a in self.a.items()}
+        return self.orthonormalize({name: torch.where(nonzero[name], a, fresh[name]) for name, a in self.a.items()})
 
+    @primitives.full_precision()
+    def orthonormalize(self, rows: Named) -> Named:
+        """Orthonormal rows (L, r, n) that span the given ones."""
+        return {name: cholesky_qr(x.mT).mT for name, x in rows.items()}
+
+    @primitives.full_precision()
     def basis(self, frames: Named) -> Named:
         """Orthonormal columns (L, m, r) that span `target W^T`, for rows W (L, r, n)."""
         second = self.second
@@ -139,6 +143,7 @@ class Passes:
             found[name] = cholesky_qr(history + wide(moment.gain) * y[name][..., : self.rank])
         return found
 
+    @primitives.full_precision()
     def project(self, basis: Named, *, step: bool) -> Named:
         """`B'^T target`, (L, r, n), of new columns B'. With `step`, the weights take it."""
         second = self.second

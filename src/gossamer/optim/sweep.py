@@ -4,17 +4,17 @@ A method that can do so offers, beside `update`, its readable reference, a fused
 
     def step_(self, sweeps):
         for sweep in sweeps:                                 # matrices of one shape
-            for rows, grad in sweep.gradients():             # a slice of rows, and their gradient
-                direction = ...                              # of those rows, from the state's thin factors
-                sweep.descend(rows, direction)
+            found = sweep.read(Reading(...))                 # thin products with the gradient, and the step
+            ...                                              # the state's thin factors are advanced by them
 
-It advances each `sweep.state` as `update` does, hands every row's direction to one of the `descend` functions once, and
-may go over the gradient as often as it likes. It gets all matrices of a shape at once, so that factorisations of small
-matrices can be done for all of them in one call.
+It advances each `sweep.state` as `update` does, and steps the weight once. It may read the gradient as often as it
+likes. It gets all matrices of a shape at once, so that factorisations of small matrices can be done for all of them in
+one call. What no `Reading` says is done in a loop over `sweep.gradients()`, rows and their gradient, and handed to one
+of the `descend` functions.
 
-This is how a step runs on a CPU, where reading a number waits for nothing: the gradient's largest entry decides whether
-guards against overflow are needed at all, and Adam's whole rule is one pass of torch's own fused AdamW over a tile in
-the cache.
+This is how a step runs on a CPU, where looking at a number waits for nothing: the gradient's largest entry decides
+whether guards against overflow are needed at all. A reading runs in tiles of rows, with Adam's rule as one pass of
+torch's own fused AdamW over a tile in the cache; or, where it was built, by the compiled sweep of `kernels.native`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, threshold_
 
+from gossamer.kernels import native
 from gossamer.kernels.adam_step import adam_step
+from gossamer.kernels.native import Pair, Past, Products, Reading, Step
 from gossamer.kernels.product import product
 from gossamer.optim import factors, rules
 from gossamer.optim.contract import Context, State
 from gossamer.optim.rounding import write_
 
+SMALLEST = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
+"""The smallest positive number of each arithmetic dtype."""
 TILE = 3 << 17
 """Entries of a tile on a CPU: 1.5 MiB of fp32, of which a step holds two beside the weight and the gradient."""
 
@@ -148,6 +152,102 @@ class Sweep:
         """The largest magnitude in the gradient; NaN if there is a NaN."""
         return factors.largest(self.grad)
 
+    def read(self, reading: Reading, bound: float = torch.inf) -> Products:
+        """Do what the reading says with the gradient cut to [-bound, bound]."""
+        step, past = reading.step, reading.past
+        calm = step is None or self._is_calm(step, past)
+        own = step is None or self._is_own()
+        if calm and own and self._is_compiled(bound) and not isinstance(past, Tensor):
+            lr = float(self.write.lr)
+            return native.sweep(
+                self.grad, self.write.weight, reading, lr, 1 - lr * self.write.weight_decay, self._numbers
+            )
+        return self._read_by_rows(reading, bound, calm)
+
+    def mean_below(self, pair: Pair) -> float:
+        """The mean magnitude of the entries of B A below zero."""
+        if self._is_compiled(torch.inf):
+            total, count = native.below(pair, self._numbers)
+            return total / max(count, 1)
+        total = count = 0.0
+        for rows in self.rows():
+            below = product(pair[0][rows], pair[1]).clamp_max_(0)
+            if not below.is_meta:
+                total, count = total - float(below.sum()), count - float(below.sign_().sum())
+        return total / max(count, 1)
+
+    def _is_compiled(self, bound: float) -> bool:
+        """Whether the compiled sweep can take the gradient as it is."""
+        fits = self.dtype is torch.float32 and self.grad.device.type == "cpu"
+        return fits and native.library() is not None and self._is_plain(bound)
+
+    def _is_own(self) -> bool:
+        """Whether the weight can be written in place, and nobody looks."""
+        return self.seen is None and self.write.weight.dtype is self.dtype and self.write.weight.is_contiguous()
+
+    def _is_calm(self, step: Step, past: Past | Tensor | None) -> bool:
+        """Whether no guard against overflow would touch a direction."""
+        reach = factors.reach(*step.m)
+        if isinstance(past, Tensor):
+            reach = max(reach, factors.largest(past) ** 0.5)
+        elif past is not None:
+            root = factors.reach(*past.pair)
+            reach = max(reach, root if past.kind == "squared" else root**0.5)
+        size, most = self.largest + reach, torch.finfo(self.dtype).max ** 0.5
+        if step.rule == "sign":
+            return size <= most
+        inside = size <= most / 4 and size * step.gain <= step.eps * most
+        return inside and step.gain > 0 and float(self.write.lr) > 0
+
+    def _numbers(self, count: int) -> Tensor:
+        return self.scratch.take("sweep", (1, count), self.dtype, self.grad.device)
+
+    def _read_by_rows(self, reading: Reading, bound: float, calm: bool) -> Products:
+        (x, target_x), (y, target_y) = reading.right, reading.left
+        target, past, step = reading.target, reading.past, reading.step
+        right = None if x is None else self.right(x, bound)
+        left = None if y is None else self.left(y, bound)
+        target_right = None if target_x is None else target_x.new_empty(self.shape[0], target_x.shape[1])
+        target_left = None if target_y is None else target_y.new_zeros(target_y.shape[1], self.shape[1])
+
+        def project(rows: slice, tile: Tensor) -> None:
+            if target_x is not None and target_right is not None:
+                target_right[rows] = product(tile, target_x)
+            if target_y is not None and target_left is not None:
+                target_left.add_(product(target_y[rows].mT, tile))
+
+        adam = step is not None and step.rule == "adam"
+        for rows, grad in self.gradients(bound) if target is not None or step is not None else ():
+            if target in ("magnitude", "square"):
+                project(rows, grad.abs() if target == "magnitude" else grad.square())
+            if step is not None and not adam:
+                self.descend(rows, product(step.m[0][rows], step.m[1]).add_(grad).sign_())
+            if adam or target == "second":
+                v = self._past(rows, past)
+                if step is not None and adam:
+                    self._step(rows, grad, product(step.m[0][rows], step.m[1]), v, step, calm)
+                else:
+                    v.addcmul_(grad, grad)
+                if target == "second":
+                    project(rows, v)
+        if adam:  # it left halves of H + g^2
+            for half in (past, *((target_right, target_left) if target == "second" else ())):
+                if isinstance(half, Tensor):
+                    half.mul_(2)
+        return Products((right, target_right), (left, target_left))
+
+    def _past(self, rows: slice, past: Past | Tensor | None) -> Tensor:
+        """These rows of the remembered second moment, to be written to."""
+        if isinstance(past, Tensor):
+            return past[rows]
+        assert past is not None
+        tile = product(past.pair[0][rows], past.pair[1])
+        if past.kind == "squared":
+            tile.square_()
+        elif past.kind == "floored":  # what is not above minus the smallest number is negative
+            threshold_(tile, -SMALLEST[self.dtype], past.floor)
+        return tile
+
     def whole(self, bound: float = torch.inf) -> Tensor:
         """The gradient as `gradients` gives it, all rows at once: for a reference, and for a refresh of a projector."""
         whole = self.grad.to(self.dtype)
@@ -203,36 +303,26 @@ class Sweep:
             if write:
                 self.write.descend(rows, direction)
 
-    def descend_adam(
-        self, rows: slice, grad: Tensor, m: Tensor, v: Tensor, *, gain: float, eps: float, reach: float
-    ) -> None:
-        """Descend `gain (m + g) / (sqrt(v + g^2) + eps)`. Leaves (m + g) / 2 in m and (v + g^2) / 2 in v.
-
-        Args:
-            grad, m, v: these rows; m and v contiguous, v >= 0.
-            reach: no entry of m and no root of an entry of v is larger.
-        """
-        size, most = self.largest + reach, torch.finfo(self.dtype).max ** 0.5
-        calm = size <= most / 4 and size * gain <= eps * most  # no guard would touch anything
-        if not (calm and gain > 0 and self.write.lr > 0):
-            self.descend(rows, self._adam_direction(rows, grad, m, v, gain, eps))
+    def _step(self, rows: slice, grad: Tensor, m: Tensor, v: Tensor, step: Step, calm: bool) -> None:
+        """Adam's rule for these rows. Leaves (m + g) / 2 in m and (v + g^2) / 2 in v."""
+        if not calm:
+            self.descend(rows, self._adam_direction(rows, grad, m, v, step))
             return
         if self.seen is not None:
-            self.seen[rows] = self._adam_direction(rows, grad, m.clone(), v.clone(), gain, eps)
+            self.seen[rows] = self._adam_direction(rows, grad, m.clone(), v.clone(), step)
         part, lr = self.write.weight[rows], float(self.write.lr)
         own = part.dtype is self.dtype and part.is_contiguous()
         target = part if own else self.buffer("weight", rows).copy_(part)
-        adam_step(target, grad, m, v, lr * gain, 1 - lr * self.write.weight_decay, eps)
+        adam_step(target, grad, m, v, lr * step.gain, 1 - lr * self.write.weight_decay, step.eps)
         if not own:
             write_(part, target, self.write.rounding, self.write.generator)
 
-    def _adam_direction(self, rows: slice, grad: Tensor, m: Tensor, v: Tensor, gain: float, eps: float) -> Tensor:
+    def _adam_direction(self, rows: slice, grad: Tensor, m: Tensor, v: Tensor, step: Step) -> Tensor:
         most = torch.finfo(self.dtype).max
         m.add_(grad).clamp_(-most, most)
         v.addcmul_(grad, grad)
-        direction = torch.sqrt(v, out=self.buffer("direction", rows)).add_(eps)
+        direction = torch.sqrt(v, out=self.buffer("direction", rows)).add_(step.eps)
         torch.div(m, direction, out=direction)
         m.mul_(0.5)
         v.mul_(0.5)
-        return rules.cut_direction_(direction.mul_(gain))
-
+        return rules.cut_direction_(direction.mul_(step.gain))

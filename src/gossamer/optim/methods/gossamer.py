@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from gossamer.errors import UserError
-from gossamer.kernels.product import product
+from gossamer.kernels.native import Pair, Past, Reading, Step
 from gossamer.optim import factors, rules, stores
 from gossamer.optim.batch import Batch, fits
 from gossamer.optim.contract import (
@@ -70,32 +71,27 @@ class Tracker:
         own: float,
         mass: float,
         decay: float,
-        first: Callable[[slice, Tensor], None] | None,
-        last: Callable[[slice, Tensor, Tensor], None],
-    ) -> tuple[Tensor, Tensor]:
-        """`blend` and `factors.follow` in two passes over the gradient, on a CPU. Returns the new factors.
+        step: Callable[[Pair], Step],
+        second: Second | None = None,
+    ) -> None:
+        """`blend` and `factors.follow` in two readings of the gradient, on a CPU.
 
-        With C = B^T g, known after the first pass, and t = tail (mass - own), `blend` over own + t is
+        With C = B^T g, known after the first, and t = tail (mass - own), `blend` over own + t is
         g + [B (past A - t C + t (C W^T) W) - t (g W^T) W] / (own + t).
 
         Args:
-            first: sees every tile of the gradient, in the first pass.
-            last: takes rows, their gradient, and their `blend` over own + t without g, which it may overwrite.
+            step: takes what is in front of the g, as a product.
         """
         b, a, tail = sweep.state["m_B"], sweep.state["m_A"], self.tail * (mass - own)
         bound = rules.gradient_bound(sweep.dtype, sweep.grad.numel())
-        r, weight = b.shape[1], own + tail
-        both = torch.cat([b, sweep.right(w.mT, bound)], 1)  # B and g W^T, (m, 2r)
-        known = sweep.left(b, bound)
-        if first is not None:
-            for rows, grad in sweep.gradients(bound):
-                first(rows, grad)
-        new_b = factors.followed_b(b, a, w, both[:, r:], decay)
-        new_a = factors.followed_a(new_b, b, a, sweep.left(new_b, bound), decay)
-        thin = torch.cat([past * a - tail * (known - product(product(known, w.mT), w)), -tail * w]).div_(weight)
-        for rows, grad in sweep.gradients(bound):
-            last(rows, grad, product(both[rows], thin))
-        return new_b, new_a
+        one = Reading(right=(w.mT, None), left=(b, None))
+        (inside, v_inside), (known, v_below) = sweep.read(second.first(one) if second else one, bound)
+        new_b = factors.followed_b(b, a, w, inside, decay)
+        thin = torch.cat([past * a - tail * (known - (known @ w.mT) @ w), -tail * w]).div_(own + tail)
+        two = Reading(left=(new_b, None), step=step((torch.cat([b, inside], 1), thin)))
+        below, v_below = sweep.read(second.last(two, v_inside, v_below) if second else two, bound).left
+        new_a = factors.followed_a(new_b, b, a, below, decay)
+        factors.put_(sweep.state, m=(new_b, new_a), **(second.new(v_below) if second else {}))
 
     def follow_launch_(
         self, batch: Batch, second: str, *, m: Moment, v: Moment | None, rest: float | Tensor, eps: float = 0.0
@@ -195,22 +191,14 @@ class Gossamer(Tracker):
         return tracked.div_(1 - beta2 ** (steps / 2)).square_()
 
     def step_(self, sweeps: Sequence[Sweep]) -> None:
+        beta1, own = self.betas[0], 1 - self.betas[0]
         for sweep in sweeps:
-            beta1, ctx = self.betas[0], sweep.context
-            mass = 1 - beta1**ctx.m_step
-            w, second = factors.frame(sweep.state, "m", ctx.generator), Second(self, sweep)
+            mass = 1 - beta1**sweep.context.m_step
+            w, second = factors.frame(sweep.state, "m", sweep.context.generator), Second(self, sweep)
             # the direction is gain (m + g) / (sqrt(v + g^2) + eps)
-            spread, weight = second.own**-0.5, 1 - beta1 + self.tail * (mass - (1 - beta1))
-
-            def last(rows: slice, grad: Tensor, m: Tensor) -> None:
-                v = second.take(rows, grad)
-                reach = max(factors.largest(m), factors.largest(v) ** 0.5)
-                sweep.descend_adam(rows, grad, m, v, gain=weight / mass * spread, eps=self.eps * spread, reach=reach)
-
-            new = self.follow_(
-                sweep, w, past=beta1, own=1 - beta1, mass=mass, decay=beta1, first=second.see, last=last
-            )
-            factors.put_(sweep.state, m=new, **second.new())
+            gain = (own + self.tail * (mass - own)) / mass
+            step = partial(Step, "adam", gain=gain * second.spread, eps=self.eps * second.spread)
+            self.follow_(sweep, w, past=beta1, own=own, mass=mass, decay=beta1, step=step, second=second)
 
     def can_launch(self, param: Tensor) -> bool:
         # an eps of nothing would show that the hardware's root flushes tiny numbers to zero
@@ -238,70 +226,59 @@ class Gossamer(Tracker):
 
 
 class Second:
-    """The second moment of a step that sees the gradient twice, some rows at a time, on a CPU."""
+    """The second moment of a step that reads the gradient twice, on a CPU."""
 
     def __init__(self, method: Gossamer, sweep: Sweep) -> None:
-        self.method, self.sweep, self.state, self.kind = method, sweep, sweep.state, method.second
-        ctx, beta2, state = sweep.context, method.betas[1], sweep.state
-        self.own, before = (1 - beta2) / (1 - beta2**ctx.v_step), max(ctx.v_step - 1, 1)
-        decay = beta2**0.5 if self.kind == "absolute" else beta2
-        past = (1 - self.own) / self.own / (1 - decay**before) ** (2 if self.kind == "absolute" else 1)
-        self.past = past
-        """The bias-corrected second moment is own (past history + g^2)."""
+        self.kind, self.beta2, self.state = method.second, method.betas[1], sweep.state
+        state, ctx = sweep.state, sweep.context
+        own, before = (1 - self.beta2) / (1 - self.beta2**ctx.v_step), max(ctx.v_step - 1, 1)
+        self.decay = self.beta2**0.5 if self.kind == "absolute" else self.beta2
+        # the bias-corrected second moment is own (past history + g^2)
+        past = (1 - own) / own / (1 - self.decay**before) ** (2 if self.kind == "absolute" else 1)
+        self.spread = own**-0.5
         if self.kind == "rows-columns":
-            self.rows, self.columns = (torch.zeros_like(state[key]) for key in ("v_rows", "v_columns"))
-            mean = state["v_rows"].mean().clamp_min(torch.finfo(sweep.dtype).tiny)
-            self.scaled = state["v_rows"] / mean * past
-        elif self.kind != "dense":
-            self.b, self.a, self.decay = state["v_B"], state["v_A"], decay
+            rows, columns = state["v_rows"], state["v_columns"]
+            self.x, self.y = torch.ones_like(columns)[:, None], torch.ones_like(rows)[:, None]
+            scale = past / rows.mean().clamp_min(torch.finfo(rows.dtype).tiny)
+            self.past = Past(((rows * scale)[:, None], columns[None]), "plain")
+        elif self.kind == "dense":
+            self.past = state["v"].mul_(past)
+        else:
             self.w = factors.frame(state, "v", ctx.generator)
-            self.inside, self.below = torch.empty_like(self.b), torch.zeros_like(self.a)
-            self.new_b: Tensor | None = None
-            self.floor = factors.Floor(self.w)
+            self.x, self.y = self.w.mT, None
+            if self.kind == "absolute":
+                self.past = Past((state["v_B"], state["v_A"] * past**0.5), "squared")
+            else:
+                pair = state["v_B"], state["v_A"] * past
+                self.past = Past(pair, "floored", sweep.mean_below(pair))
 
-    def see(self, rows: slice, grad: Tensor) -> None:
-        """The first time; `grad` is kept."""
+    def first(self, reading: Reading) -> Reading:
+        """The first reading of the gradient, and what it is to find for this moment."""
         if self.kind == "dense":
-            return
-        target = self._target(grad)
-        if self.kind == "rows-columns":
-            self.rows[rows] = target.mean(1)
-            self.columns += target.sum(0)
-            return
-        self.inside[rows] = product(target, self.w.mT)
-        if self.kind == "square":
-            self.floor.see(product(self.b[rows], self.a))
+            return reading
+        target = "magnitude" if self.kind == "absolute" else "square"
+        return replace(reading, target=target, right=(reading.right[0], self.x), left=(reading.left[0], self.y))
 
-    def take(self, rows: slice, grad: Tensor) -> Tensor:
-        """The second time: `past history` of these rows. `grad` is kept."""
+    def last(self, reading: Reading, inside: Any, below: Any) -> Reading:
+        """The last one, after the first found `inside` and `below`."""
+        reading = replace(reading, past=self.past)
         if self.kind == "rows-columns":
-            return torch.outer(self.scaled[rows], self.state["v_columns"])
-        if self.kind == "dense":
-            v = self.state["v"][rows]
-            history = v * self.past
-            v.mul_(self.method.betas[1]).addcmul_(grad, grad, value=1 - self.method.betas[1])
-            return history
-        if self.new_b is None:
-            self.new_b = factors.followed_b(self.b, self.a, self.w, self.inside, self.decay)
-        self.below += product(self.new_b[rows].mT, self._target(grad))
-        history = product(self.b[rows], self.a)
-        if self.kind == "absolute":
-            return history.square_().mul_(self.past)
-        return torch.where(history < 0, self.floor.mean(), history).mul_(self.past)
+            self.rows, self.columns = inside[:, 0], below[0]
+        if self.kind in ("rows-columns", "dense"):
+            return reading
+        self.b = factors.followed_b(self.state["v_B"], self.state["v_A"], self.w, inside, self.decay)
+        return replace(self.first(reading), right=(None, None), left=(reading.left[0], self.b))
 
-    def new(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """New factors to keep; means are kept here."""
+    def new(self, below: Any) -> dict[str, Pair]:
+        """New factors to keep; what else there is is kept here."""
         if self.kind == "rows-columns":
-            weight = 1 - self.method.betas[1]
-            self.state["v_rows"].lerp_(self.rows, weight)
-            self.state["v_columns"].lerp_(self.columns / len(self.rows), weight)
-        if self.kind not in ("square", "absolute"):
+            self.state["v_rows"].lerp_(self.rows / len(self.columns), 1 - self.beta2)
+            self.state["v_columns"].lerp_(self.columns / len(self.rows), 1 - self.beta2)
             return {}
-        assert self.new_b is not None
-        return {"v": (self.new_b, factors.followed_a(self.new_b, self.b, self.a, self.below, self.decay))}
-
-    def _target(self, grad: Tensor) -> Tensor:
-        return grad.abs() if self.kind == "absolute" else grad.square()
+        if self.kind == "dense":
+            self.state["v"].mul_(1 - self.beta2)
+            return {}
+        return {"v": (self.b, factors.followed_a(self.b, self.state["v_B"], self.state["v_A"], below, self.decay))}
 
 
 @register("gossamer-lion", paper=PAPER, quick={"lr": 2e-4, "rank": 32})
@@ -339,13 +316,8 @@ class GossamerLion(Tracker):
         beta1, beta2 = self.betas
         for sweep in sweeps:
             mass = 1 - beta1 * beta2 ** (sweep.context.m_step - 1)
-
-            def last(rows: slice, grad: Tensor, m: Tensor) -> None:
-                sweep.descend(rows, m.add_(grad).sign_())
-
-            w = factors.frame(sweep.state, "m", sweep.context.generator)
-            new = self.follow_(sweep, w, past=beta1, own=1 - beta1, mass=mass, decay=beta2, first=None, last=last)
-            factors.put_(sweep.state, m=new)
+            w, step = factors.frame(sweep.state, "m", sweep.context.generator), partial(Step, "sign")
+            self.follow_(sweep, w, past=beta1, own=1 - beta1, mass=mass, decay=beta2, step=step)
 
     def can_launch(self, param: Tensor) -> bool:
         return fits(param, min(self.rank, *param.shape))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gossamer.errors import UserError
-from gossamer.kernels.product import product
+from gossamer.kernels.native import Past, Reading, Step
 from gossamer.linalg import damped_pinv
 from gossamer.optim import factors, rules, stores
 from gossamer.optim.batch import Batch, fits
@@ -98,16 +97,20 @@ class Fit:
     """Of A^T."""
     left: Damped | None
     """Of what B^T T is taken with; None until it is known."""
-    inside: Tensor
+    inside: Tensor = field(init=False)
     """T A^T, (m, r); once solved, what B moves towards."""
-    below: Tensor
+    below: Tensor = field(init=False)
     """B^T T, (r, n), with the old B or the new one; once solved, what A moves towards."""
 
     def solve_(self) -> bool:
-        """Whether the products, divided by the Gram matrices, are finite."""
+        """Whether the product of the new factors is finite, bounded as `factors.keep_` does."""
         assert self.left is not None
         self.inside, self.below = self.right.solve(self.inside), self.left.solve(self.below.mT).mT
-        return isfinite(factors.reach(self.inside, self.below))
+        b, a = (
+            (1 - self.gamma) * factors.largest(old) + self.gamma * factors.largest(target)
+            for old, target in ((self.b, self.inside), (self.a, self.below))
+        )
+        return b * a * self.b.shape[1] <= torch.finfo(self.b.dtype).max
 
     def keep_(self, silent: bool) -> None:
         if silent:
@@ -181,7 +184,7 @@ class LoRAPre(Regression):
         sides = [[s.state[key].mT if key.endswith("A") else s.state[key] for s in sweeps] for key in keys]
         for sweep, *grams in zip(sweeps, *map(self.damped, sides), strict=True):
             m, v = (
-                Fit(b, a, gamma, right, left, torch.empty_like(b), torch.zeros_like(a))
+                Fit(b, a, gamma, right, left)
                 for b, a, gamma, right, left in zip(
                     (sweep.state["m_B"], sweep.state["v_B"]),
                     (sweep.state["m_A"], sweep.state["v_A"]),
@@ -205,26 +208,22 @@ class LoRAPre(Regression):
         past, own = self._weights(ctx.v_step)
         m_a, v_a = m_fit.a * (beta1 / (1 - beta1)), v_fit.a * (past / own**0.5)
         gain = self.scale * (1 - beta1) / (1 - beta1**ctx.m_step) / own**0.5
-        reach = max(factors.reach(m_fit.b, m_a), factors.reach(v_fit.b, v_a))
-        m_fit.inside = sweep.right(m_fit.a.mT)
-        if m_fit.left is not None:
-            m_fit.below = sweep.left(m_fit.b)
-        for rows, grad in sweep.gradients():
-            magnitude = grad.abs()
-            v_fit.inside[rows] = product(magnitude, v_fit.a.mT)
-            if v_fit.left is not None:
-                v_fit.below += product(v_fit.b[rows].mT, magnitude)
-            del magnitude
-            m, v = product(m_fit.b[rows], m_a), product(v_fit.b[rows], v_a).square_()
-            sweep.descend_adam(rows, grad, m, v, gain=gain, eps=self.eps / own**0.5, reach=reach)
+        found = sweep.read(
+            Reading(
+                right=(m_fit.a.mT, v_fit.a.mT),
+                left=(None, None) if self.updates == "sequential" else (m_fit.b, v_fit.b),
+                target="magnitude",
+                past=Past((v_fit.b, v_a), "squared"),
+                step=Step("adam", (m_fit.b, m_a), gain, self.eps / own**0.5),
+            )
+        )
+        (m_fit.inside, v_fit.inside), (m_fit.below, v_fit.below) = found
 
     def _sweep_again(self, sweep: Sweep, m_fit: Fit, v_fit: Fit) -> None:
         """Take products with the new B."""
         m_b, v_b = (fit.b.lerp(fit.right.solve(fit.inside), fit.gamma) for fit in (m_fit, v_fit))
         m_fit.left, v_fit.left = self.damped([m_b, v_b])
-        m_fit.below = sweep.left(m_b)
-        for rows, grad in sweep.gradients():
-            v_fit.below += product(v_b[rows].mT, grad.abs())
+        m_fit.below, v_fit.below = sweep.read(Reading(left=(m_b, v_b), target="magnitude")).left
 
     def _weights(self, t: Any) -> tuple[Any, Any]:
         """p, w: the bias-corrected second moment is (p tracked)^2 + w g^2, with the magnitude tracked so far.

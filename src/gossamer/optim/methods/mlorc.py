@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, threshold_
+from torch import Tensor
 
 from gossamer.errors import UserError
-from gossamer.kernels.product import product
-from gossamer.linalg import cholesky_qr, cut_rank, orthonormalize, randomized_svd
+from gossamer.kernels.native import Past, Products, Reading, Step
+from gossamer.linalg import cut_rank, orthonormalize, randomized_svd
 from gossamer.optim import factors, rules, stores
 from gossamer.optim.batch import Batch, fits
 from gossamer.optim.contract import (
@@ -29,8 +29,6 @@ from gossamer.optim.sweep import Sweep
 if TYPE_CHECKING:
     from gossamer.optim.passes import Passes
 
-SMALLEST = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
-"""The smallest positive number of each arithmetic dtype."""
 PAPER = "Shen et al., MLorc, AISTATS 2026, arXiv 2506.01897"
 
 
@@ -67,112 +65,64 @@ class Compression:
             generator=ctx.generator,
         )
 
-    def compress_(self, sweep: Sweep, *moments: SweptMoment) -> None:
-        """`compress` of all moments at once, some rows at a time, and kept. The last product is `last_left`."""
-        (m, n), width = sweep.shape, min(self.rank + self.oversampling, *sweep.shape)
-        generator = sweep.context.generator
-        frames = [torch.randn(width, n, dtype=sweep.dtype, device=sweep.grad.device, generator=generator) for _ in moments]
-        bases = [orthonormalize(moment.right(frame.mT)) for moment, frame in zip(moments, frames, strict=True)]
+    def compress_(self, swept: Swept, step: Step) -> None:
+        """`compress` of all moments at once, and kept; the weight is stepped on the way."""
+        sweep = swept.sweep
+        width, ctx, m_a = min(self.rank + self.oversampling, *sweep.shape), sweep.context, sweep.state["m_A"]
+        names = ("m",) if swept.v is None else ("m", "v")
+        frames = [
+            torch.randn(width, sweep.shape[1], dtype=m_a.dtype, device=m_a.device, generator=ctx.generator).mT
+            for _ in names
+        ]
+        bases = [orthonormalize(y) for y in swept.right(frames)]
         for _ in range(self.power_iterations):
-            frames = [orthonormalize(moment.left(q).mT) for moment, q in zip(moments, bases, strict=True)]
-            bases = [orthonormalize(moment.right(frame)) for moment, frame in zip(moments, frames, strict=True)]
-        pairs = [cut_rank(q, moment.last_left(q), self.rank) for moment, q in zip(moments, bases, strict=True)]
-        factors.put_(sweep.state, **{moment.name: pair for moment, pair in zip(moments, pairs, strict=True)})
+            frames = [orthonormalize(z.mT) for z in swept.left(bases)]
+            bases = [orthonormalize(y) for y in swept.right(frames)]
+        pairs = [cut_rank(q, b, self.rank) for q, b in zip(bases, swept.left(bases, step), strict=True)]
+        factors.put_(sweep.state, **dict(zip(names, pairs, strict=True)))
 
     def compress_launch_(self, batch: Batch, passes: Passes) -> None:
         """`compress` of all moments at once, of all matrices at once, and kept; the weights are written on the way."""
         q = passes.basis(passes.gaussian())
         for _ in range(self.power_iterations):
-            z = passes.project(q, step=False)
-            q = passes.basis({name: cholesky_qr(z[name].mT).mT for name in q})
+            q = passes.basis(passes.orthonormalize(passes.project(q, step=False)))
         b = passes.project(q, step=True)
         batch.keep_(**{name: (q[name], b[name]) for name in q})
 
 
-class SweptMoment(Protocol):
-    """A moment M of the gradient's shape, which is known by its thin products alone."""
+@dataclass(frozen=True)
+class Swept:
+    """MLorc's moments, `decay B A + (1 - decay) g` and `(1 - v_decay) (H + g^2)`, by their thin products alone."""
 
-    name: str
+    sweep: Sweep
+    decay: float
+    v: Past | None = None
+    """H, or None where there is no second moment."""
+    v_decay: float = 0.0
 
-    def right(self, x: Tensor) -> Tensor:
-        """`M x`, (m, k)."""
-        ...
+    def right(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        """`M x` of each moment, (m, k)."""
+        b, a = self.sweep.state["m_B"], self.sweep.state["m_A"]
+        return self._blend(self._read(Reading(right=_two(xs))).right, b @ (a @ xs[0]))
 
-    def left(self, y: Tensor) -> Tensor:
-        """`y^T M`, (k, n)."""
-        ...
+    def left(self, ys: Sequence[Tensor], step: Step | None = None) -> list[Tensor]:
+        """`y^T M` of each moment, (k, n)."""
+        b, a = self.sweep.state["m_B"], self.sweep.state["m_A"]
+        return self._blend(self._read(Reading(left=_two(ys), step=step)).left, (ys[0].mT @ b) @ a)
 
-    def last_left(self, y: Tensor) -> Tensor:
-        """`left`, once, when the weight is descended on the way."""
-        ...
+    def _read(self, reading: Reading) -> Products:
+        bound = rules.gradient_bound(self.sweep.dtype, self.sweep.grad.numel())
+        target = None if self.v is None else "second"
+        return self.sweep.read(replace(reading, target=target, past=self.v), bound)
 
-
-class First:
-    """`decay B A + (1 - decay) g`, by the products of its two parts."""
-
-    name = "m"
-
-    def __init__(self, sweep: Sweep, decay: float) -> None:
-        self.sweep, self.decay, self.bound = sweep, decay, rules.gradient_bound(sweep.dtype, sweep.grad.numel())
-        self.b, self.a = sweep.state["m_B"], sweep.state["m_A"]
-
-    def right(self, x: Tensor) -> Tensor:
-        own = self.sweep.right(x, self.bound).mul_(1 - self.decay)
-        return own.add_(product(self.b, product(self.a, x)), alpha=self.decay)
-
-    def left(self, y: Tensor) -> Tensor:
-        own = self.sweep.left(y, self.bound).mul_(1 - self.decay)
-        return own.add_(product(product(y.mT, self.b), self.a), alpha=self.decay)
-
-    last_left = left
+    def _blend(self, found: tuple[Tensor, Tensor | None], past: Tensor) -> list[Tensor]:
+        own, second = found
+        moments = [own.mul_(1 - self.decay).add_(past, alpha=self.decay)]
+        return moments if second is None else [*moments, second.mul_(1 - self.v_decay)]
 
 
-class Second:
-    """MLorc's `beta2 floor(B A) + (1 - beta2) g^2`, made tile by tile; its last product descends Adam's direction."""
-
-    name = "v"
-
-    def __init__(self, method: MLorc, sweep: Sweep, first: First) -> None:
-        self.method, self.sweep, self.first, beta2 = method, sweep, first, method.betas[1]
-        # v / (1 - beta2) = floor(B thin) + g^2
-        self.b, self.thin = sweep.state["v_B"], sweep.state["v_A"] * (beta2 / (1 - beta2))
-        total = count = 0.0
-        for rows in sweep.rows():
-            below = product(self.b[rows], self.thin).clamp_max_(0)
-            if not below.is_meta:
-                total, count = total - float(below.sum()), count - float(below.sign_().sum())
-        self.floor = total / max(count, 1)
-
-    def _tiles(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, their gradient and the floored history over 1 - beta2."""
-        for rows, grad in self.sweep.gradients(self.first.bound):
-            # what is not above minus the smallest number is negative
-            yield rows, grad, threshold_(product(self.b[rows], self.thin), -SMALLEST[self.sweep.dtype], self.floor)
-
-    def right(self, x: Tensor) -> Tensor:
-        out = x.new_empty(len(self.b), x.shape[1])
-        for rows, grad, past in self._tiles():
-            out[rows] = product(past.addcmul_(grad, grad), x)
-        return out.mul_(1 - self.method.betas[1])
-
-    def left(self, y: Tensor) -> Tensor:
-        out = y.new_zeros(y.shape[1], self.thin.shape[1])
-        for rows, grad, past in self._tiles():
-            out += product(y[rows].mT, past.addcmul_(grad, grad))
-        return out.mul_(1 - self.method.betas[1])
-
-    def last_left(self, y: Tensor) -> Tensor:
-        ctx, (beta1, beta2) = self.sweep.context, self.method.betas
-        # the direction is gain (m + g) / (sqrt(v + g^2) + eps) of moments over 1 - beta
-        m_b, m_thin = self.first.b, self.first.a * (beta1 / (1 - beta1))
-        spread = ((1 - beta2**ctx.v_step) / (1 - beta2)) ** 0.5
-        gain, eps = (1 - beta1) / (1 - beta1**ctx.m_step) * spread, self.method.eps * spread
-        reach = max(factors.reach(m_b, m_thin), factors.reach(self.b, self.thin) ** 0.5)
-        out = y.new_zeros(y.shape[1], self.thin.shape[1])
-        for rows, grad, v in self._tiles():
-            self.sweep.descend_adam(rows, grad, product(m_b[rows], m_thin), v, gain=gain, eps=eps, reach=reach)
-            out += product(y[rows].mT, v)  # half of floor(B thin) + g^2 by now
-        return out.mul_(2 * (1 - beta2))
+def _two(thin: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    return thin[0], thin[1] if len(thin) > 1 else None
 
 
 @register("mlorc", paper=PAPER, quick={"lr": 4e-4, "rank": 32, "power_iterations": 1, "betas": (0.9, 0.95)})
@@ -219,9 +169,17 @@ class MLorc(Compression):
         return rules.cut_direction_(direction)
 
     def step_(self, sweeps: Sequence[Sweep]) -> None:
+        beta1, beta2 = self.betas
         for sweep in sweeps:
-            first = First(sweep, self.betas[0])
-            self.compress_(sweep, first, Second(self, sweep, first))
+            state, ctx = sweep.state, sweep.context
+            # of moments over 1 - beta the direction is gain (m + g) / (sqrt(v + g^2) + eps)
+            m, v = (
+                (state["m_B"], state["m_A"] * (beta1 / (1 - beta1))),
+                (state["v_B"], state["v_A"] * (beta2 / (1 - beta2))),
+            )
+            spread = ((1 - beta2**ctx.v_step) / (1 - beta2)) ** 0.5
+            step = Step("adam", m, (1 - beta1) / (1 - beta1**ctx.m_step) * spread, self.eps * spread)
+            self.compress_(Swept(sweep, beta1, Past(v, "floored", sweep.mean_below(v)), beta2), step)
 
     def can_launch(self, param: Tensor) -> bool:
         # an eps of nothing would show that the hardware's root flushes tiny numbers to zero
@@ -275,11 +233,8 @@ class MLorcLion(Compression):
     def step_(self, sweeps: Sequence[Sweep]) -> None:
         beta1, beta2 = self.betas
         for sweep in sweeps:
-            moment = First(sweep, beta2)
-            for rows, grad in sweep.gradients(moment.bound):
-                m = product(moment.b[rows], moment.a).mul_(beta1)
-                sweep.descend(rows, m.add_(grad, alpha=1 - beta1).sign_())
-            self.compress_(sweep, moment)
+            m = sweep.state["m_B"], sweep.state["m_A"] * (beta1 / (1 - beta1))
+            self.compress_(Swept(sweep, beta2), Step("sign", m))
 
     def can_launch(self, param: Tensor) -> bool:
         return fits(param, min(self.rank, *param.shape)) and self.oversampling == 0
