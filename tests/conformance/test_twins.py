@@ -16,7 +16,11 @@ from gossamer.optim.diagnostics import Diagnostics
 
 from .test_methods import gradients, make
 
-FUSED = [name for name, entry in gossamer.methods().items() if hasattr(entry.cls, "step_")]
+FUSED = [
+    name
+    for name, entry in gossamer.methods().items()
+    if hasattr(entry.cls, "step_") and getattr(entry.cls(), "can_sweep", lambda: True)()
+]
 SHAPES = {"tall": (37, 10), "wide": (10, 37), "square": (16, 16), "odd": (7, 13), "row": (1, 12), "column": (12, 1)}
 
 

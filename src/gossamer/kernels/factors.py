@@ -32,7 +32,7 @@ from gossamer.kernels import Tables, primitives
 from gossamer.kernels.lora_pre import PIECES, pieces, product, split, whole
 from gossamer.kernels.primitives import clip, dot, narrow, pointer, reciprocal, root, round_bf16_ref
 
-OWN_M, OWN_V, TAIL_WEIGHT, RATE, DECAY, SEED = range(6)
+OWN_M, OWN_V, TAIL_WEIGHT, RATE, DECAY, SEED = (tl.constexpr(i) for i in range(6))
 """Columns of the table `numbers`: the weights of g and g^2 in the corrected moments, that of `update`'s tail, the
 learning rate, what the weight is multiplied by before the step, and the seed of its rounding."""
 COLUMNS = tl.constexpr(6)
@@ -81,7 +81,7 @@ def sketch_ref(
         if SECOND not in FACTORED:
             continue
         w, b, a = whole(v_W[i], v_B[i], v_A[i])
-        target = g.abs() if SECOND == "absolute" else numbers[i, OWN_V] * square
+        target = g.abs() if SECOND == "absolute" else numbers[i, OWN_V.value] * square
         if SECOND != "absolute":
             past = b[:m] @ a[:, :n]
             below[i] = torch.stack([-past.clamp_max(0).sum(1), (past < 0).sum(1)], 1)
@@ -151,7 +151,7 @@ def sketch(
     HAS_V: tl.constexpr = FLOOR or SECOND == "absolute"
     blocks = tl.cdiv(M, BM)
     layer, row = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BM
-    own = tl.load(numbers + layer * COLUMNS + 1)
+    own = tl.load(numbers + layer * COLUMNS + OWN_V)
     i, height = row + tl.arange(0, BM), tl.cdiv(M, GRAIN) * GRAIN
     grad = matrix(pointer(grads, layer, GRAD), M, N, BM, BN, ALIGNED)
     m_w = matrix(m_W + layer * PIECES * R * WIDTH, PIECES * R, WIDTH, R, BN, True)
@@ -320,9 +320,9 @@ def update(
     HAS_V: tl.constexpr = SECOND == "floored" or SECOND == "square" or SECOND == "absolute"
     blocks = tl.cdiv(N, BN)
     layer, column = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BN
-    own_m, own_v = tl.load(numbers + layer * COLUMNS), tl.load(numbers + layer * COLUMNS + 1)
-    tail, rate = tl.load(numbers + layer * COLUMNS + 2), tl.load(numbers + layer * COLUMNS + 3)
-    decay, seed = tl.load(numbers + layer * COLUMNS + 4), tl.load(numbers + layer * COLUMNS + 5).to(tl.int32)
+    numbers += layer * COLUMNS
+    own_m, own_v, tail = tl.load(numbers + OWN_M), tl.load(numbers + OWN_V), tl.load(numbers + TAIL_WEIGHT)
+    rate, decay, seed = tl.load(numbers + RATE), tl.load(numbers + DECAY), tl.load(numbers + SEED).to(tl.int32)
     j, height = column + tl.arange(0, BN), tl.cdiv(M, GRAIN) * GRAIN
     grad = matrix(pointer(grads, layer, GRAD), M, N, BM, BN, ALIGNED)
     m_n = matrix(m_N + layer * PIECES * height * R, PIECES * height, R, BM, R, True)

@@ -391,7 +391,8 @@ def implementation_of(param: Tensor, group: dict[str, Any]) -> str:
     if group["implementation"] != "reference":
         if hasattr(method, "launch_") and available(param.device) and method.can_launch(param):
             return "kernels"
-        if hasattr(method, "step_") and param.ndim == 2 and param.device.type in ("cpu", "meta"):
+        can_sweep = hasattr(method, "step_") and getattr(method, "can_sweep", lambda: True)()
+        if can_sweep and param.ndim == 2 and param.device.type in ("cpu", "meta"):
             return "tiles"
     return "reference"
 

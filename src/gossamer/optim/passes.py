@@ -193,8 +193,8 @@ class Passes:
         """
         # the kernels multiply gradients uncut: where one should have been, the rest of this tail is left away
         sound = (seen.abs() < LARGEST).all(2).all(1)
-        tail = torch.where(sound, self.numbers[:, factors.TAIL_WEIGHT], 0.0)
-        self.numbers[:, factors.TAIL_WEIGHT] = tail
+        column = self.numbers[:, factors.TAIL_WEIGHT.value]
+        tail = column.copy_(torch.where(sound, column, 0.0))
         inside = torch.where(sound[:, None, None], seen[..., : self.rank], 0.0) * wide(tail)
         self.inside, self.w = self._columns(-inside), rows
         self.thin += self._thin(self.b["m"].mT @ inside @ w)

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, threshold_
@@ -310,12 +311,30 @@ class Sweep:
             return
         if self.seen is not None:
             self.seen[rows] = self._adam_direction(rows, grad, m.clone(), v.clone(), step)
-        part, lr = self.write.weight[rows], float(self.write.lr)
+        self._write(rows, grad, m, v, float(self.write.lr) * step.gain, step.eps)
+
+    def _write(self, rows: slice, grad: Tensor, m: Tensor, v: Tensor, rate: float, eps: float, *form: Any) -> None:
+        """`adam_step` of these rows of the weight."""
+        part = self.write.weight[rows]
         own = part.dtype is self.dtype and part.is_contiguous()
         target = part if own else self.buffer("weight", rows).copy_(part)
-        adam_step(target, grad, m, v, lr * step.gain, 1 - lr * self.write.weight_decay, step.eps)
+        adam_step(target, grad, m, v, rate, 1 - float(self.write.lr) * self.write.weight_decay, eps, *form)
         if not own:
             write_(part, target, self.write.rounding, self.write.generator)
+
+    def descend_adamw(self, betas: tuple[float, float], eps: float, bound: float) -> None:
+        """Advance the dense moments "m" and "v" of the state by the gradient, cut to [-bound, bound], and step."""
+        ctx = self.context
+        m_mass, v_mass = 1 - betas[0] ** ctx.m_step, 1 - betas[1] ** ctx.v_step
+        rate = (
+            float(self.write.lr) * (1 - betas[0] ** ctx.v_step) / m_mass
+        )  # the kernel corrects both moments for one age
+        for rows, grad in self.gradients(bound):
+            m, v = self.state["m"][rows], self.state["v"][rows]
+            self._write(rows, grad, m, v, rate, eps, betas, ctx.v_step)
+            if self.seen is not None:
+                torch.div(v, v_mass, out=self.seen[rows]).sqrt_().add_(eps)
+                torch.div(m / m_mass, self.seen[rows], out=self.seen[rows])
 
     def _adam_direction(self, rows: slice, grad: Tensor, m: Tensor, v: Tensor, step: Step) -> Tensor:
         most = torch.finfo(self.dtype).max

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from gossamer.optim import rules, stores
 from gossamer.optim.batch import Batch, fits
 from gossamer.optim.contract import Context, State, check_adam, register
+from gossamer.optim.sweep import Sweep
 
 
 @register(
@@ -49,6 +51,13 @@ class AdamW:
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         return rules.adam(*stores.adam_moments_(state, rules.cut_gradient(grad), self.betas, ctx), self.eps)
+
+    def can_sweep(self) -> bool:
+        return self.state_bits == 32
+
+    def step_(self, sweeps: Sequence[Sweep]) -> None:
+        for sweep in sweeps:
+            sweep.descend_adamw(self.betas, self.eps, rules.gradient_bound(sweep.dtype, sweep.grad.numel()))
 
     def can_launch(self, param: Tensor) -> bool:
         return fits(param) and self.state_bits == 32 and self.eps > 0

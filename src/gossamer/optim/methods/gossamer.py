@@ -239,8 +239,8 @@ class Second:
         if self.kind == "rows-columns":
             rows, columns = state["v_rows"], state["v_columns"]
             self.x, self.y = torch.ones_like(columns)[:, None], torch.ones_like(rows)[:, None]
-            scale = past / rows.mean().clamp_min(torch.finfo(rows.dtype).tiny)
-            self.past = Past(((rows * scale)[:, None], columns[None]), "plain")
+            unit = rows / rows.mean().clamp_min(torch.finfo(rows.dtype).tiny)
+            self.past = Past(((unit * past)[:, None], columns[None]), "plain")
         elif self.kind == "dense":
             self.past = state["v"].mul_(past)
         else:
