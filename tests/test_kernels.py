@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 
-from benchmarks import kernels as gate
+from benchmarks import compile_kernels as gate
 
 FILES = sorted(Path(__file__).with_name("kernels").glob("test_*.py"))
 VARIANTS = gate.variants()
@@ -32,7 +32,7 @@ def test_interpreted(path: Path) -> None:
 
 
 def test_every_variant_has_its_row() -> None:
-    """`python benchmarks/kernels.py` writes them."""
+    """`python benchmarks/compile_kernels.py` writes them."""
     assert sorted(map(gate.key, VARIANTS)) == sorted(gate.committed())
 
 

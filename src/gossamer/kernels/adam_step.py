@@ -51,7 +51,7 @@ def adam_step(
     if rate == 0:
         adam_step_ref(weight, grad, m, v, rate, decay, eps, betas, step)
         return
-    torch._fused_adamw_(
+    torch._fused_adamw_(  # pyright: ignore
         [weight],
         [grad],
         [m],

@@ -208,7 +208,7 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        alike: defaultdict[tuple[object, ...], list[Sweep]] = defaultdict(list)
+        alike: defaultdict[tuple[Any, ...], list[Sweep]] = defaultdict(list)
         for name, param, group in self.members():
             if param.grad is None or param.numel() == 0:  # an empty shard has nothing to step
                 continue
@@ -261,7 +261,7 @@ class Optimizer(torch.optim.Optimizer):
         grad = sweep.whole()
         direction = group["method"].update(grad, sweep.state, sweep.context)
         for observe in self.observers:
-            observe(name, sweep.context.param, group, grad, direction)
+            observe(name, sweep.context.param, group, grad, direction)  # pyright: ignore
         sweep.descend(slice(None), direction)
 
     def _step_observed(self, name: str, group: dict[str, Any], sweep: Sweep) -> None:
@@ -270,7 +270,7 @@ class Optimizer(torch.optim.Optimizer):
         copy, seen = param.clone(), torch.empty_like(grad)
         group["method"].step_([replace(sweep, write=replace(sweep.write, weight=copy), seen=seen)])
         for observe in self.observers:
-            observe(name, param, group, grad, seen)
+            observe(name, param, group, grad, seen)  # pyright: ignore
         param.copy_(copy)
 
     @torch.no_grad()

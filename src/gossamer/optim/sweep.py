@@ -277,8 +277,8 @@ class Sweep:
             along: broadcasts over the weight; None leaves the gradient out.
             bound: cuts the gradient.
         """
-        weight, lr = self.write.weight, self.write.lr
-        own = weight.dtype is self.dtype and not isinstance(lr, Tensor) and (along is None or self._is_plain(bound))
+        weight, lr = self.write.weight, float(self.write.lr)
+        own = weight.dtype is self.dtype and (along is None or self._is_plain(bound))
         if not own or self.seen is not None:
             self._descend_sum_by_rows(pair, along, bound, write=not own)
         if not own:

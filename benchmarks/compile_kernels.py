@@ -1,6 +1,6 @@
 """What the compiler makes of the Triton kernels on an H100 or H200, without one.
 
-    python benchmarks/kernels.py            # all variants, about a minute
+    python benchmarks/compile_kernels.py            # all variants, about a minute
 
 It writes results/kernels_sm90.jsonl and the table of docs/kernels.md.
 
@@ -33,7 +33,7 @@ from gossamer.kernels import adamw, cholesky, factors, lora_pre
 
 ROWS = Path(__file__).parents[1] / "results" / "kernels_sm90.jsonl"
 PAGE = ROWS.parents[1] / "docs" / "kernels.md"
-MARK = "<!-- written by benchmarks/kernels.py -->"
+MARK = "<!-- written by benchmarks/compile_kernels.py -->"
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
