@@ -395,7 +395,7 @@ def update(
 
 
 def tile(kernel: str, SECOND: str, depth: int, dtype: torch.dtype, aligned: bool) -> dict[str, int]:
-    """The largest tile of a kernel found that spills nothing: `benchmarks/compile_kernels.py` has what the compiler says."""
+    """The largest tile of a kernel found that spills nothing, by `benchmarks/compile_kernels.py`."""
     small = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
     if kernel == "update" and dtype is torch.float32:  # three pieces of every operand in registers
         rows = 32 if depth == 16 or (depth == 32 and aligned) else 16

@@ -340,7 +340,7 @@ class Tiles(NamedTuple):
 
 
 def tiles(rank: int, dtype: torch.dtype, aligned: bool) -> Tiles:
-    """The largest for which the compiler keeps all in registers (`benchmarks/compile_kernels.py`): large ones load less often.
+    """The largest that keep all in registers, by `benchmarks/compile_kernels.py`: large ones load less often.
 
     Args:
         rank: padded. dtype: of the weights.
