@@ -116,7 +116,7 @@ def run_memory(argv: list[str]) -> None:
     seq_len = _seq_len(options)
     kept = activations(model, options.batch_size, seq_len, options.checkpointing, loss=token_loss)
     mine, fused = (predict(model, options.method, implementation=way) for way in ("reference", "auto"))
-    dense = predict(plain, gossamer.AdamW())
+    dense, dense_fused = (predict(plain, gossamer.AdamW(), implementation=way) for way in ("reference", "auto"))
     table = Table(title=f"{options.model}, {mine.parameters:,} parameters, {options.dtype}; bytes")
     for column, justify in (
         ("group", "left"),
@@ -134,7 +134,7 @@ def run_memory(argv: list[str]) -> None:
         table.add_row(line.group, line.method, *(f"{size:,}" for size in sizes))
     counters = sum(line.counters for line in mine.lines)
     table.add_row("step counters", "", "", "", "", f"{counters:,}", end_section=True)
-    for label, memory, twin in ((f"total with {name}", mine, fused), ("total with adamw", dense, dense)):
+    for label, memory, twin in ((f"total with {name}", mine, fused), ("total with adamw", dense, dense_fused)):
         sizes = (memory.parameters, memory.weights, memory.gradients, memory.state)
         sizes = (*sizes, memory.step.transient, twin.step.transient)
         table.add_row(label, "", *(f"{size:,}" for size in sizes))
