@@ -206,6 +206,21 @@ def test_twin_is_the_reference(name: str, options: dict[str, Any], monkeypatch: 
             assert ours < 4 * theirs, moment
 
 
+@pytest.mark.parametrize("name", ["lora-pre", "mlorc", "gossamer"])
+def test_it_climbs_where_it_is_to_climb(name: str) -> None:
+    """Along the steps that the negated gradients would take: fp32 roundings of three steps of 1e-2 apart."""
+    weights = []
+    for sign in (1.0, -1.0):
+        p = nn.Parameter(normal(70, 90, seed=0))
+        groups = [{"params": [p], "method": gossamer.methods()[name].cls(rank=6)}]
+        opt = gossamer.Optimizer(groups, lr=1e-2, maximize=sign > 0)
+        for step in range(3):
+            p.grad = sign * normal(70, 90, seed=10 + step)
+            opt.step()
+        weights.append(p.detach())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-4)
+
+
 def test_memory_is_counted_on_its_way_too() -> None:
     """The scratch is a block of two threads' rows and copies of thin factors, not a tile."""
     kind = Kind(gossamer.LoRAPre(rank=8), torch.Size((768, 768)), torch.float32)

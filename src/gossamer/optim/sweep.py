@@ -179,7 +179,7 @@ class Sweep:
 
     def _is_compiled(self, bound: float) -> bool:
         """Whether the compiled sweep can take the gradient as it is."""
-        fits = self.dtype is torch.float32 and self.grad.device.type == "cpu"
+        fits = self.dtype is torch.float32 and self.grad.device.type == "cpu" and not self.negate
         return fits and native.library() is not None and self._is_plain(bound)
 
     def _is_own(self) -> bool:
