@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from batches import error
 
 from gossamer.kernels import Tables, factors, primitives
-from gossamer.kernels.lora_pre import padded, stride
+from gossamer.kernels.primitives import padded, stride
 
 SHAPES = {
     "tall": (152, 40),

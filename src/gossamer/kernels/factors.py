@@ -29,8 +29,20 @@ import triton.language as tl
 from torch import Tensor
 
 from gossamer.kernels import Tables, primitives
-from gossamer.kernels.lora_pre import PIECES, pieces, product, split, whole
-from gossamer.kernels.primitives import clip, dot, narrow, pointer, reciprocal, root, round_bf16_ref
+from gossamer.kernels.primitives import (
+    PIECES,
+    clip,
+    dot,
+    narrow,
+    pieces,
+    pointer,
+    product,
+    reciprocal,
+    root,
+    round_bf16_ref,
+    split,
+    whole,
+)
 
 OWN_M, OWN_V, TAIL_WEIGHT, RATE, DECAY, SEED = (tl.constexpr(i) for i in range(6))
 """Columns of the table `numbers`: the weights of g and g^2 in the corrected moments, that of `update`'s tail, the

@@ -25,7 +25,21 @@ from torch import Tensor
 
 from gossamer.kernels import Tables, primitives
 from gossamer.kernels.cholesky import cholesky_inverse
-from gossamer.kernels.primitives import clip, dot, narrow, pointer, reciprocal, root, round_bf16_ref
+from gossamer.kernels.primitives import (
+    PIECES,
+    clip,
+    narrow,
+    padded,
+    pieces,
+    pointer,
+    product,
+    reciprocal,
+    root,
+    round_bf16_ref,
+    split,
+    stride,
+    whole,
+)
 from gossamer.linalg import damped_gram, damped_size
 
 # columns of the table of numbers
@@ -33,55 +47,6 @@ OWN_M, OWN_V, EPS, DECAY, RATE, SEED = (tl.constexpr(i) for i in range(6))
 NUMBERS = tl.constexpr(6)
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 BOUND = tl.constexpr(torch.finfo(torch.float32).max ** 0.5)
-PIECES = {torch.bfloat16: 1, torch.float32: 3}
-"""bf16 numbers that an operand is the sum of, by the weight's dtype."""
-
-
-@triton.jit
-def split(x, PIECES: tl.constexpr):
-    """bf16 numbers that add up to x: three hold all 24 bits of an fp32 one."""
-    high = x.to(tl.bfloat16)
-    if PIECES == 1:
-        return (high,)
-    rest = x - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
-def pieces(descriptor, row, column, HEIGHT, PIECES: tl.constexpr):
-    """A block of each piece of a matrix of this height."""
-    if PIECES == 1:
-        return (descriptor.load([row, column]),)
-    return (
-        descriptor.load([row, column]),
-        descriptor.load([row + HEIGHT, column]),
-        descriptor.load([row + 2 * HEIGHT, column]),
-    )
-
-
-@triton.jit
-def product(a, b, acc, PIECES: tl.constexpr, TRANSPOSE: tl.constexpr, DOT_F32: tl.constexpr):
-    """`acc + a b`, of the pieces of both; what is left out is below fp32's rounding.
-
-    TRANSPOSE: "a" or "b", or "" for neither.
-    """
-    if PIECES == 3:
-        acc = _product(a[2], b[0], acc, TRANSPOSE, DOT_F32)
-        acc = _product(a[1], b[1], acc, TRANSPOSE, DOT_F32)
-        acc = _product(a[0], b[2], acc, TRANSPOSE, DOT_F32)
-        acc = _product(a[1], b[0], acc, TRANSPOSE, DOT_F32)
-        acc = _product(a[0], b[1], acc, TRANSPOSE, DOT_F32)
-    return _product(a[0], b[0], acc, TRANSPOSE, DOT_F32)
-
-
-@triton.jit
-def _product(a, b, acc, TRANSPOSE: tl.constexpr, DOT_F32: tl.constexpr):
-    if TRANSPOSE == "a":
-        a = tl.trans(a)
-    if TRANSPOSE == "b":
-        b = tl.trans(b)
-    return dot(a, b, acc, "ieee", DOT_F32)
 
 
 def rows_ref(
@@ -123,11 +88,6 @@ def rows_ref(
         operand = multiplied(grad, m_right.shape[1])
         torch.mm(operand, m_a.mT, out=m_seen[i])
         torch.mm(operand.abs(), v_a.mT, out=v_seen[i])
-
-
-def whole(*operands: Tensor) -> list[Tensor]:
-    """The matrices of which operands hold the pieces."""
-    return [operand.float().sum(0) for operand in operands]
 
 
 def multiplied(grad: Tensor, pieces: int) -> Tensor:
@@ -393,21 +353,6 @@ def launch(tables: Tables, *, rows: Rows | None = None, columns: Columns | None 
             num_stages=tile.stages,
             enable_fp_fusion=True,
         )
-
-
-def stride(n: int) -> int:
-    """Numbers from one row of n to the next in our own stacks, whose rows all begin at a multiple of 16 bytes."""
-    return -(-n // 8) * 8
-
-
-def padded(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """`x` (L, ., .) as operands for weights of this dtype: (L, pieces, rows, columns) bf16, filled up with zeros."""
-    out = torch.zeros(len(x), PIECES[dtype], rows, columns, dtype=torch.bfloat16, device=x.device)
-    inside = out[:, :, : x.shape[1], : x.shape[2]]
-    for piece in range(PIECES[dtype]):
-        inside[:, piece] = x
-        x = x - inside[:, piece]
-    return out
 
 
 class Side(NamedTuple):

@@ -19,6 +19,8 @@ from gossamer.kernels import interpreted
 
 LARGEST_BF16 = tl.constexpr(torch.finfo(torch.bfloat16).max)
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+PIECES = {torch.bfloat16: 1, torch.float32: 3}
+"""bf16 numbers that an operand is the sum of, by the weight's dtype."""
 
 
 def constants() -> dict[str, bool]:
@@ -51,6 +53,26 @@ def padded_rank(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
+def stride(n: int) -> int:
+    """Numbers from one row of n to the next in our own stacks, whose rows all begin at a multiple of 16 bytes."""
+    return -(-n // 8) * 8
+
+
+def padded(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """`x` (L, ., .) as operands for weights of this dtype: (L, pieces, rows, columns) bf16, filled up with zeros."""
+    out = torch.zeros(len(x), PIECES[dtype], rows, columns, dtype=torch.bfloat16, device=x.device)
+    inside = out[:, :, : x.shape[1], : x.shape[2]]
+    for piece in range(PIECES[dtype]):
+        inside[:, piece] = x
+        x = x - inside[:, piece]
+    return out
+
+
+def whole(*operands: Tensor) -> list[Tensor]:
+    """The matrices of which operands hold the pieces."""
+    return [operand.float().sum(0) for operand in operands]
+
+
 @triton.jit
 def pointer(table, index, TYPE: tl.constexpr, ALIGNED: tl.constexpr = False):  # pyright: ignore
     """The address at `index` of an int64 table, as a pointer to TYPE; ALIGNED promises a multiple of 16 bytes."""
@@ -65,6 +87,53 @@ def dot(a, b, acc, PRECISION: tl.constexpr, DOT_F32: tl.constexpr):
     if DOT_F32:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def split(x, PIECES: tl.constexpr):
+    """bf16 numbers that add up to x: three hold all 24 bits of an fp32 one."""
+    high = x.to(tl.bfloat16)
+    if PIECES == 1:
+        return (high,)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def pieces(descriptor, row, column, HEIGHT, PIECES: tl.constexpr):
+    """A block of each piece of a matrix of this height."""
+    if PIECES == 1:
+        return (descriptor.load([row, column]),)
+    return (
+        descriptor.load([row, column]),
+        descriptor.load([row + HEIGHT, column]),
+        descriptor.load([row + 2 * HEIGHT, column]),
+    )
+
+
+@triton.jit
+def product(a, b, acc, PIECES: tl.constexpr, TRANSPOSE: tl.constexpr, DOT_F32: tl.constexpr):
+    """`acc + a b`, of the pieces of both; what is left out is below fp32's rounding.
+
+    TRANSPOSE: "a" or "b", or "" for neither.
+    """
+    if PIECES == 3:
+        acc = _product(a[2], b[0], acc, TRANSPOSE, DOT_F32)
+        acc = _product(a[1], b[1], acc, TRANSPOSE, DOT_F32)
+        acc = _product(a[0], b[2], acc, TRANSPOSE, DOT_F32)
+        acc = _product(a[1], b[0], acc, TRANSPOSE, DOT_F32)
+        acc = _product(a[0], b[1], acc, TRANSPOSE, DOT_F32)
+    return _product(a[0], b[0], acc, TRANSPOSE, DOT_F32)
+
+
+@triton.jit
+def _product(a, b, acc, TRANSPOSE: tl.constexpr, DOT_F32: tl.constexpr):
+    if TRANSPOSE == "a":
+        a = tl.trans(a)
+    if TRANSPOSE == "b":
+        b = tl.trans(b)
+    return dot(a, b, acc, "ieee", DOT_F32)
 
 
 @triton.jit

@@ -87,8 +87,8 @@ def _ends(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def largest(x: Tensor) -> float:
-    """The largest magnitude in a tensor on a CPU, read on the host; NaN if there is a NaN, 1 on the meta device."""
-    return 1.0 if x.is_meta else max(map(float, _ends(x)))
+    """The largest magnitude in a tensor on a CPU, read on the host; NaN if there is a NaN."""
+    return max(map(float, _ends(x)))
 
 
 def reach(b: Tensor, a: Tensor) -> float:

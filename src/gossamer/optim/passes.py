@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels import factors, primitives
-from gossamer.kernels.lora_pre import padded, stride
+from gossamer.kernels.primitives import padded, stride
 from gossamer.linalg import cholesky_qr
 from gossamer.optim import rules
 from gossamer.optim.batch import Batch

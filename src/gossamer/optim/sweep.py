@@ -67,6 +67,11 @@ class Write:
     rounding: str
     generator: torch.Generator
 
+    @property
+    def decay(self) -> float:
+        """What the weight is multiplied by before the step, on a CPU."""
+        return 1 - float(self.lr) * self.weight_decay
+
     def descend(self, rows: slice, direction: Tensor) -> None:
         part = self.weight[rows] if self.weight.ndim else self.weight
         target = part if part.dtype is direction.dtype else part.to(direction.dtype)
@@ -159,10 +164,8 @@ class Sweep:
         calm = step is None or self._is_calm(step, past)
         own = step is None or self._is_own()
         if calm and own and self._is_compiled(bound) and not isinstance(past, Tensor):
-            lr = float(self.write.lr)
-            return native.sweep(
-                self.grad, self.write.weight, reading, lr, 1 - lr * self.write.weight_decay, self._numbers
-            )
+            write = self.write
+            return native.sweep(self.grad, write.weight, reading, float(write.lr), write.decay, self._numbers)
         return self._read_by_rows(reading, bound, calm)
 
     def mean_below(self, pair: Pair) -> float:
@@ -173,8 +176,7 @@ class Sweep:
         total = count = 0.0
         for rows in self.rows():
             below = product(pair[0][rows], pair[1]).clamp_max_(0)
-            if not below.is_meta:
-                total, count = total - float(below.sum()), count - float(below.sign_().sum())
+            total, count = total - float(below.sum()), count - float(below.sign_().sum())
         return total / max(count, 1)
 
     def _is_compiled(self, bound: float) -> bool:
@@ -283,11 +285,10 @@ class Sweep:
             self._descend_sum_by_rows(pair, along, bound, write=not own)
         if not own:
             return
-        decay = 1 - lr * self.write.weight_decay
         if pair is not None:
-            weight.addmm_(*pair, beta=decay, alpha=-lr)
-        elif decay != 1:
-            weight.mul_(decay)
+            weight.addmm_(*pair, beta=self.write.decay, alpha=-lr)
+        elif self.write.decay != 1:
+            weight.mul_(self.write.decay)
         if along is not None:
             weight.addcmul_(self.grad, along, value=lr if self.negate else -lr)
 
@@ -318,7 +319,7 @@ class Sweep:
         part = self.write.weight[rows]
         own = part.dtype is self.dtype and part.is_contiguous()
         target = part if own else self.buffer("weight", rows).copy_(part)
-        adam_step(target, grad, m, v, rate, 1 - float(self.write.lr) * self.write.weight_decay, eps, *form)
+        adam_step(target, grad, m, v, rate, self.write.decay, eps, *form)
         if not own:
             write_(part, target, self.write.rounding, self.write.generator)
 
