@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import gossamer
 from gossamer.errors import UserError
 from gossamer.kernels import native
-from gossamer.kernels.native import Pair, Past, Reading, Step
+from gossamer.kernels.native import Past, Product, Reading, Step
 from gossamer.memory.step import Kind, count_step
 
 SHAPES = ((1, 1), (3, 17), (13, 5), (97, 65), (100, 256), (200, 273), (33, 530))
@@ -51,8 +51,8 @@ def normal(*shape: int, seed: int, transposed: bool = False) -> Tensor:
     return x.T if transposed else x
 
 
-def pair(shape: tuple[int, int], r: int, seed: int) -> Pair:
-    return normal(shape[0], r, seed=seed), normal(r, shape[1], seed=seed + 1, transposed=True) / r**0.5
+def pair(shape: tuple[int, int], r: int, seed: int) -> Product:
+    return Product(normal(shape[0], r, seed=seed), normal(r, shape[1], seed=seed + 1, transposed=True), r**-0.5)
 
 
 def reading(shape: tuple[int, int], r: int, **more: Any) -> Reading:
@@ -68,6 +68,8 @@ def reading(shape: tuple[int, int], r: int, **more: Any) -> Reading:
 def double(x: Any) -> Any:
     if isinstance(x, Tensor):
         return x.double()
+    if isinstance(x, Product):
+        return Product(*map(double, x))
     if isinstance(x, tuple):
         return tuple(map(double, x))
     if isinstance(x, Reading | Past | Step):
@@ -100,10 +102,10 @@ def test_shapes_and_ranks(shape: tuple[int, int], r: int, threads: int) -> None:
 @pytest.mark.parametrize("kind", ["plain", "squared", "floored"])
 def test_every_kind(kind: Any) -> None:
     shape, r = (61, 83), 5
-    b, a = pair(shape, r, 20)
+    b, a, scale = pair(shape, r, 20)
     if kind == "plain":  # must not be negative, for its root is taken
         b, a = b.abs(), a.abs()
-    past = Past((b, a), kind, floor=0.3)
+    past = Past(Product(b, a, scale), kind, floor=0.3)
     adam, sign = Step("adam", pair(shape, 7, 30), gain=0.7, eps=0.1), Step("sign", pair(shape, 7, 30))
     for target, step in product((None, "magnitude", "square", "second"), (None, adam, sign)):
         check(shape, reading(shape, r, target=target, past=past, step=step))
@@ -128,8 +130,9 @@ def test_nan_and_infinity_go_where_they_would() -> None:
 def test_below(shape: tuple[int, int], threads: int) -> None:
     """The reference's float64 product may have another sign only where it is within 1e-6 of zero: none is here."""
     ours = pair(shape, 6, 20)
-    assert bool((torch.mm(*double(ours)).abs() > 1e-6).all())
-    (total, count), (expected, number) = native.below(ours), native.below_ref(double(ours))
+    exact = double(ours)
+    assert bool((exact.b @ exact.a * exact.scale).abs().min() > 1e-6)
+    (total, count), (expected, number) = native.below(ours), native.below_ref(exact)
     assert count == number and total == pytest.approx(expected, rel=1e-5)
 
 

@@ -25,9 +25,6 @@ from torch import Tensor
 
 from gossamer.errors import UserError
 
-Pair = tuple[Tensor, Tensor]
-"""B (m, r) and A (r, n)."""
-
 Buffer = Callable[[int], Tensor]
 
 SOURCE = Path(__file__).with_name("sweep.cpp")
@@ -35,22 +32,33 @@ COMPILERS = ("g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 
 
+class Product(NamedTuple):
+    """`scale B A`, (m, n)."""
+
+    b: Tensor
+    """(m, r)."""
+    a: Tensor
+    """(r, n)."""
+    scale: float = 1.0
+
+
 @dataclass(frozen=True)
 class Past:
     """What is remembered of a second moment, H (m, n)."""
 
-    pair: Pair
+    product: Product
     kind: Literal["plain", "squared", "floored"]
-    """H is their product P, its square, or P with the entries below zero replaced by `floor`."""
+    """H is the product P, its square, or P with the entries below zero replaced by `floor`."""
     floor: float = 0.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """A direction: `gain (M + g) / (sqrt(H + g^2) + eps)` for "adam", the sign of M + g for "sign", with M = B A."""
+    """A direction: `gain (M + g) / (sqrt(H + g^2) + eps)` for "adam", the sign of M + g for "sign"."""
 
     rule: Literal["adam", "sign"]
-    m: Pair
+    m: Product
+    """M."""
     gain: float = 1.0
     eps: float = 0.0
 
@@ -90,7 +98,7 @@ def sweep_ref(grad: Tensor, weight: Tensor, reading: Reading, rate: float, decay
     second, square = None, grad.square()
     if reading.past is not None:
         assert not isinstance(reading.past, Tensor)
-        past = torch.mm(*reading.past.pair)
+        past = _multiplied(reading.past.product)
         if reading.past.kind == "squared":
             past = past.square()
         elif reading.past.kind == "floored":
@@ -102,7 +110,7 @@ def sweep_ref(grad: Tensor, weight: Tensor, reading: Reading, rate: float, decay
         _pair(None if y is None else y.mT @ f for f, y in zip(sources, reading.left, strict=True)),
     )
     if (step := reading.step) is not None:
-        m = torch.mm(*step.m) + grad
+        m = _multiplied(step.m) + grad
         direction = m.sign() if second is None or step.rule == "sign" else step.gain * m / (second.sqrt() + step.eps)
         weight.mul_(decay).sub_(direction, alpha=rate)
     return products
@@ -120,7 +128,7 @@ def sweep(
     assert not isinstance(past, Tensor)
     right = _pair(None if x is None else x.new_empty(m, x.shape[1]) for x in reading.right)
     left = _pair(None if y is None else y.new_empty(y.shape[1], n) for y in reading.left)
-    of = _arguments(m, n, past.pair if past else None, alive)
+    of = _arguments(m, n, past.product if past else None, alive)
     of.grad, of.weight = _address(grad), _address(weight)
     of.target = ("magnitude", "square", "second").index(reading.target) + 1 if reading.target else 0
     for i in range(2):
@@ -138,20 +146,20 @@ def sweep(
     return Products(right, left)
 
 
-def below_ref(pair: Pair) -> tuple[float, int]:
-    """The sum of the magnitudes of the entries of B A below zero, and their number.
+def below_ref(product: Product) -> tuple[float, int]:
+    """The sum of the magnitudes of the product's entries below zero, and their number.
 
     Args:
-        pair: fp32, on a CPU, of any strides.
+        product: of fp32 factors on a CPU, of any strides.
     """
-    past = torch.mm(*pair)
+    past = _multiplied(product)
     return -float(past.clamp_max(0).sum()), int((past < 0).sum())
 
 
-def below(pair: Pair, buffer: Buffer = torch.empty) -> tuple[float, int]:
+def below(product: Product, buffer: Buffer = torch.empty) -> tuple[float, int]:
     """`below_ref` by the library; it counts those entries that `sweep` takes for negative."""
     alive: list[Tensor] = []
-    of, found = _arguments(pair[0].shape[0], pair[1].shape[1], pair, alive), (c_double * 2)()
+    of, found = _arguments(len(product.b), product.a.shape[1], product, alive), (c_double * 2)()
     of.below = ctypes.addressof(found)
     _run(of, buffer)
     return found[0], int(found[1])
@@ -160,7 +168,14 @@ def below(pair: Pair, buffer: Buffer = torch.empty) -> tuple[float, int]:
 class Thin(Structure):
     """As in `sweep.cpp`."""
 
-    _fields_ = (("data", c_void_p), ("k", c_int64), ("row", c_int64), ("column", c_int64), ("out", c_void_p))
+    _fields_ = (
+        ("data", c_void_p),
+        ("k", c_int64),
+        ("row", c_int64),
+        ("column", c_int64),
+        ("out", c_void_p),
+        ("scale", c_float),
+    )
 
 
 class Arguments(Structure):
@@ -182,16 +197,20 @@ def _pair(two: Iterable[Tensor | None]) -> tuple[Any, Any]:
     return first, second
 
 
+def _multiplied(product: Product) -> Tensor:
+    return product.b @ product.a * product.scale
+
+
 def _address(x: Tensor | None) -> int | None:
     """None also for a tensor without data, whose step is only counted."""
     return None if x is None or x.untyped_storage().device.type == "meta" else x.data_ptr()
 
 
-def _columns(x: Tensor | None, out: Tensor | None = None) -> Thin:
-    """A thin operand (size, k), of any strides, that the library copies."""
+def _columns(x: Tensor | None, out: Tensor | None = None, scale: float = 1.0) -> Thin:
+    """A thin operand (size, k), of any strides, that the library copies, times `scale`."""
     if x is None:
         return Thin()
-    return Thin(_address(x), x.shape[1], *x.stride(), _address(out))
+    return Thin(_address(x), x.shape[1], *x.stride(), _address(out), scale)
 
 
 def _rows(y: Tensor | None, alive: list[Tensor], out: Tensor | None = None) -> Thin:
@@ -202,11 +221,11 @@ def _rows(y: Tensor | None, alive: list[Tensor], out: Tensor | None = None) -> T
     return _columns(alive[-1], out)
 
 
-def _factors(pair: Pair, alive: list[Tensor]) -> tuple[Thin, Thin]:
-    return _rows(pair[0], alive), _columns(pair[1].mT)
+def _factors(product: Product, alive: list[Tensor]) -> tuple[Thin, Thin]:
+    return _rows(product.b, alive), _columns(product.a.mT, scale=product.scale)
 
 
-def _arguments(m: int, n: int, past: Pair | None, alive: list[Tensor]) -> Arguments:
+def _arguments(m: int, n: int, past: Product | None, alive: list[Tensor]) -> Arguments:
     of = Arguments(m=m, n=n, threads=torch.get_num_threads())
     if past is not None:
         of.v_b, of.v_a = _factors(past, alive)

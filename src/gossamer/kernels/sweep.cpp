@@ -38,6 +38,7 @@ struct Thin {
     const float *data;
     Long k, row, column;  // how wide it is; strides, in numbers
     float *out;           // of products: contiguous
+    float scale;          // of A: what it is multiplied by where it is packed
 };
 
 }  // namespace
@@ -151,7 +152,7 @@ void pack_strips(const Thin &thin, Long n, float *to) {
             for (Long j = 0; j < STRIP; j++) {
                 Long column = strip * STRIP + j;
                 to[(strip * thin.k + k) * STRIP + j] =
-                    column < n ? thin.data[column * thin.row + k * thin.column] : 0.0f;
+                    column < n ? thin.scale * thin.data[column * thin.row + k * thin.column] : 0.0f;
             }
 }
 

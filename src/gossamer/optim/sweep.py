@@ -29,7 +29,7 @@ from torch import Tensor, threshold_
 
 from gossamer.kernels import native
 from gossamer.kernels.adam_step import adam_step
-from gossamer.kernels.native import Pair, Past, Products, Reading, Step
+from gossamer.kernels.native import Past, Product, Products, Reading, Step
 from gossamer.kernels.product import product
 from gossamer.optim import factors, rules
 from gossamer.optim.contract import Context, State
@@ -168,14 +168,14 @@ class Sweep:
             return native.sweep(self.grad, write.weight, reading, float(write.lr), write.decay, self._numbers)
         return self._read_by_rows(reading, bound, calm)
 
-    def mean_below(self, pair: Pair) -> float:
-        """The mean magnitude of the entries of B A below zero."""
+    def mean_below(self, past: Product) -> float:
+        """The mean magnitude of the product's entries below zero."""
         if self._is_compiled(torch.inf):
-            total, count = native.below(pair, self._numbers)
+            total, count = native.below(past, self._numbers)
             return total / max(count, 1)
         total = count = 0.0
         for rows in self.rows():
-            below = product(pair[0][rows], pair[1]).clamp_max_(0)
+            below = _rows_of(past, rows).clamp_max_(0)
             total, count = total - float(below.sum()), count - float(below.sign_().sum())
         return total / max(count, 1)
 
@@ -190,11 +190,11 @@ class Sweep:
 
     def _is_calm(self, step: Step, past: Past | Tensor | None) -> bool:
         """Whether no guard against overflow would touch a direction."""
-        reach = factors.reach(*step.m)
+        reach = _reach(step.m)
         if isinstance(past, Tensor):
             reach = max(reach, factors.largest(past) ** 0.5)
         elif past is not None:
-            root = factors.reach(*past.pair)
+            root = _reach(past.product)
             reach = max(reach, root if past.kind == "squared" else root**0.5)
         size, most = self.largest + reach, torch.finfo(self.dtype).max ** 0.5
         if step.rule == "sign":
@@ -220,19 +220,23 @@ class Sweep:
                 target_left.add_(product(target_y[rows].mT, tile))
 
         adam = step is not None and step.rule == "adam"
-        for rows, grad in self.gradients(bound) if target is not None or step is not None else ():
+
+        def take(rows: slice, grad: Tensor) -> None:
             if target in ("magnitude", "square"):
                 project(rows, grad.abs() if target == "magnitude" else grad.square())
             if step is not None and not adam:
-                self.descend(rows, product(step.m[0][rows], step.m[1]).add_(grad).sign_())
+                self.descend(rows, _rows_of(step.m, rows).add_(grad).sign_())
             if adam or target == "second":
                 v = self._past(rows, past)
                 if step is not None and adam:
-                    self._step(rows, grad, product(step.m[0][rows], step.m[1]), v, step, calm)
+                    self._step(rows, grad, _rows_of(step.m, rows), v, step, calm)
                 else:
                     v.addcmul_(grad, grad)
                 if target == "second":
                     project(rows, v)
+
+        for rows, grad in self.gradients(bound) if target is not None or step is not None else ():
+            take(rows, grad)  # a call, so that one tile's temporaries are gone when the next one's are made
         if adam:  # it left halves of H + g^2
             for half in (past, *((target_right, target_left) if target == "second" else ())):
                 if isinstance(half, Tensor):
@@ -244,7 +248,7 @@ class Sweep:
         if isinstance(past, Tensor):
             return past[rows]
         assert past is not None
-        tile = product(past.pair[0][rows], past.pair[1])
+        tile = _rows_of(past.product, rows)
         if past.kind == "squared":
             tile.square_()
         elif past.kind == "floored":  # what is not above minus the smallest number is negative
@@ -346,3 +350,12 @@ class Sweep:
         m.mul_(0.5)
         v.mul_(0.5)
         return rules.cut_direction_(direction.mul_(step.gain))
+
+
+def _rows_of(thin: Product, rows: slice) -> Tensor:
+    return product(thin.b[rows] * thin.scale, thin.a)
+
+
+def _reach(thin: Product) -> float:
+    """No entry is larger."""
+    return factors.reach(thin.b, thin.a) * abs(thin.scale)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import UserError
-from gossamer.kernels.native import Pair, Past, Reading, Step
+from gossamer.kernels.native import Past, Product, Reading, Step
 from gossamer.optim import factors, rules, stores
 from gossamer.optim.batch import Batch, fits
 from gossamer.optim.contract import (
@@ -71,7 +71,7 @@ class Tracker:
         own: float,
         mass: float,
         decay: float,
-        step: Callable[[Pair], Step],
+        step: Callable[[Product], Step],
         second: Second | None = None,
     ) -> None:
         """`blend` and `factors.follow` in two readings of the gradient, on a CPU.
@@ -88,7 +88,7 @@ class Tracker:
         (inside, v_inside), (known, v_below) = sweep.read(second.first(one) if second else one, bound)
         new_b = factors.followed_b(b, a, w, inside, decay)
         thin = torch.cat([past * a - tail * (known - (known @ w.mT) @ w), -tail * w]).div_(own + tail)
-        two = Reading(left=(new_b, None), step=step((torch.cat([b, inside], 1), thin)))
+        two = Reading(left=(new_b, None), step=step(Product(torch.cat([b, inside], 1), thin)))
         below, v_below = sweep.read(second.last(two, v_inside, v_below) if second else two, bound).left
         new_a = factors.followed_a(new_b, b, a, below, decay)
         factors.put_(sweep.state, m=(new_b, new_a), **(second.new(v_below) if second else {}))
@@ -240,17 +240,17 @@ class Second:
             rows, columns = state["v_rows"], state["v_columns"]
             self.x, self.y = torch.ones_like(columns)[:, None], torch.ones_like(rows)[:, None]
             unit = rows / rows.mean().clamp_min(torch.finfo(rows.dtype).tiny)
-            self.past = Past(((unit * past)[:, None], columns[None]), "plain")
+            self.past = Past(Product(unit[:, None], columns[None], past), "plain")
         elif self.kind == "dense":
             self.past = state["v"].mul_(past)
         else:
             self.w = factors.frame(state, "v", ctx.generator)
             self.x, self.y = self.w.mT, None
             if self.kind == "absolute":
-                self.past = Past((state["v_B"], state["v_A"] * past**0.5), "squared")
+                self.past = Past(Product(state["v_B"], state["v_A"], past**0.5), "squared")
             else:
-                pair = state["v_B"], state["v_A"] * past
-                self.past = Past(pair, "floored", sweep.mean_below(pair))
+                v = Product(state["v_B"], state["v_A"], past)
+                self.past = Past(v, "floored", sweep.mean_below(v))
 
     def first(self, reading: Reading) -> Reading:
         """The first reading of the gradient, and what it is to find for this moment."""
@@ -269,7 +269,7 @@ class Second:
         self.b = factors.followed_b(self.state["v_B"], self.state["v_A"], self.w, inside, self.decay)
         return replace(self.first(reading), right=(None, None), left=(reading.left[0], self.b))
 
-    def new(self, below: Any) -> dict[str, Pair]:
+    def new(self, below: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """New factors to keep; what else there is is kept here."""
         if self.kind == "rows-columns":
             self.state["v_rows"].lerp_(self.rows / len(self.columns), 1 - self.beta2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import UserError
-from gossamer.kernels.native import Past, Reading, Step
+from gossamer.kernels.native import Past, Product, Reading, Step
 from gossamer.linalg import damped_pinv
 from gossamer.optim import factors, rules, stores
 from gossamer.optim.batch import Batch, fits
@@ -204,17 +204,16 @@ class LoRAPre(Regression):
     def _sweep(self, sweep: Sweep, m_fit: Fit, v_fit: Fit) -> None:
         """Descend by the old factors, and take products with them."""
         ctx, beta1 = sweep.context, self.betas[0]
-        # the direction is gain (m + g) / (sqrt(v + g^2) + eps): every other constant goes into a thin factor
+        # the direction is gain (m + g) / (sqrt(v + g^2) + eps): the other constants scale the products
         past, own = self._weights(ctx.v_step)
-        m_a, v_a = m_fit.a * (beta1 / (1 - beta1)), v_fit.a * (past / own**0.5)
         gain = self.scale * (1 - beta1) / (1 - beta1**ctx.m_step) / own**0.5
         found = sweep.read(
             Reading(
                 right=(m_fit.a.mT, v_fit.a.mT),
                 left=(None, None) if self.updates == "sequential" else (m_fit.b, v_fit.b),
                 target="magnitude",
-                past=Past((v_fit.b, v_a), "squared"),
-                step=Step("adam", (m_fit.b, m_a), gain, self.eps / own**0.5),
+                past=Past(Product(v_fit.b, v_fit.a, past / own**0.5), "squared"),
+                step=Step("adam", Product(m_fit.b, m_fit.a, beta1 / (1 - beta1)), gain, self.eps / own**0.5),
             )
         )
         (m_fit.inside, v_fit.inside), (m_fit.below, v_fit.below) = found

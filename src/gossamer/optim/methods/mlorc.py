@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import UserError
-from gossamer.kernels.native import Past, Products, Reading, Step
+from gossamer.kernels.native import Past, Product, Products, Reading, Step
 from gossamer.linalg import cut_rank, orthonormalize, randomized_svd
 from gossamer.optim import factors, rules, stores
 from gossamer.optim.batch import Batch, fits
@@ -174,8 +174,8 @@ class MLorc(Compression):
             state, ctx = sweep.state, sweep.context
             # of moments over 1 - beta the direction is gain (m + g) / (sqrt(v + g^2) + eps)
             m, v = (
-                (state["m_B"], state["m_A"] * (beta1 / (1 - beta1))),
-                (state["v_B"], state["v_A"] * (beta2 / (1 - beta2))),
+                Product(state[f"{name}_B"], state[f"{name}_A"], beta / (1 - beta))
+                for name, beta in (("m", beta1), ("v", beta2))
             )
             spread = ((1 - beta2**ctx.v_step) / (1 - beta2)) ** 0.5
             step = Step("adam", m, (1 - beta1) / (1 - beta1**ctx.m_step) * spread, self.eps * spread)
@@ -233,7 +233,7 @@ class MLorcLion(Compression):
     def step_(self, sweeps: Sequence[Sweep]) -> None:
         beta1, beta2 = self.betas
         for sweep in sweeps:
-            m = sweep.state["m_B"], sweep.state["m_A"] * (beta1 / (1 - beta1))
+            m = Product(sweep.state["m_B"], sweep.state["m_A"], beta1 / (1 - beta1))
             self.compress_(Swept(sweep, beta2), Step("sign", m))
 
     def can_launch(self, param: Tensor) -> bool:
