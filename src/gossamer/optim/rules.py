@@ -12,13 +12,13 @@ ADJUSTMENTS = ("original", "match_rms_adamw")
 
 
 def adam(m: Tensor, v: Tensor, eps: float) -> Tensor:
-    """`m / (sqrt(v) + eps)` for bias-corrected moments (Kingma and Ba 2015, Algorithm 1). Overwrites `v`.
+    """`m / (sqrt(v) + eps)` for bias-corrected moments (Kingma and Ba 2015, Algorithm 1). Overwrites both: it is in m.
 
     Args:
         m, v: first and second moment, any shape, v >= 0.
         eps: added to the root, as in `torch.optim.Adam`.
     """
-    return m / v.sqrt_().add_(eps)
+    return m.div_(v.sqrt_().add_(eps))
 
 
 def orthogonalize(m: Tensor, adjust_lr_fn: str) -> Tensor:

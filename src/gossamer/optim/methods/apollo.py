@@ -78,14 +78,17 @@ class Apollo:
 
     def step_(self, sweeps: Sequence[Sweep]) -> None:
         for sweep in sweeps:
-            like = sweep.grad.new_empty((), dtype=sweep.dtype).expand(sweep.shape)
-            view, bound = Subspace(self.projection(like, sweep.context), tall(like)), rules.projected_bound(sweep.dtype)
-            low, sums = view.down_sweep(sweep), like.new_zeros(max(sweep.shape), 1)
-            if self.growth_limit is not None:
-                for rows, grad in sweep.gradients(bound):
-                    subspace.add_squares_(sums, rows, grad.square(), view.tall)
-            gain = self._gain(low, sums.sqrt_(), sweep.state, sweep.context)
-            sweep.descend_sum(None, view.along(gain), bound)
+            self._descend(sweep)  # a call, so that one matrix's temporaries are gone when the next one's are made
+
+    def _descend(self, sweep: Sweep) -> None:
+        like = sweep.grad.new_empty((), dtype=sweep.dtype).expand(sweep.shape)
+        bound, sums = rules.projected_bound(sweep.dtype), like.new_zeros(max(sweep.shape), 1)
+        if self.growth_limit is not None:
+            for rows, grad in sweep.gradients(bound):
+                subspace.add_squares_(sums, rows, grad.square(), tall(like))
+        low = Subspace(self.projection(like, sweep.context), tall(like)).down_sweep(sweep)
+        gain = self._gain(low, sums.sqrt_(), sweep.state, sweep.context)
+        sweep.descend_sum(None, gain if tall(like) else gain.mT, bound)
 
     def _gain(self, low: Tensor, norms: Tensor, state: State, ctx: Context) -> Tensor:
         """What each channel of the gradient is multiplied by, l x 1 or 1 x 1. Advances the moments and the limiter.

@@ -92,20 +92,24 @@ class Fira:
 
     def step_(self, sweeps: Sequence[Sweep]) -> None:
         for sweep in sweeps:
-            state, ctx, bound = sweep.state, sweep.context, rules.projected_bound(sweep.dtype)
-            if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
-                whole = sweep.whole(bound)
-                state["basis"].copy_(subspace.refreshed(state["basis"], whole, ctx, self.refresh))
-            view = Subspace(state["basis"], tall(ctx.param))
-            low = view.down_sweep(sweep)
-            psi = rules.adam(*stores.adam_moments_(state, low, self.betas, ctx), self.eps)
-            taken = low * (self.scale if self.residual == "code" else 1.0)
+            self._descend(sweep)  # a call, so that one matrix's temporaries are gone when the next one's are made
 
-            gain = subspace.channel_gain(psi, low)
-            if self.growth_limit is not None:
-                sums, (left, right) = torch.zeros_like(gain), view.up_factors(-taken)
-                for rows, grad in sweep.gradients(bound):
-                    subspace.add_squares_(sums, rows, product(left[rows], right).add_(grad).square_(), view.tall)
-                gain = gain * subspace.limit_channels(gain * sums.sqrt_(), state, self.betas, ctx, self.growth_limit)
-            # gain (G - P taken) + P psi: both products in one
-            sweep.descend_sum(view.up_factors(psi * self.scale - taken * gain), view.along(gain), bound)
+    def _descend(self, sweep: Sweep) -> None:
+        state, ctx, bound = sweep.state, sweep.context, rules.projected_bound(sweep.dtype)
+        if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
+            whole = sweep.whole(bound)
+            state["basis"].copy_(subspace.refreshed(state["basis"], whole, ctx, self.refresh))
+        view = Subspace(state["basis"], tall(ctx.param))
+        low = view.down_sweep(sweep)
+        psi = rules.adam(*stores.adam_moments_(state, low, self.betas, ctx), self.eps)
+        taken = self.scale if self.residual == "code" else 1.0
+
+        gain = subspace.channel_gain(psi, low)
+        if self.growth_limit is not None:
+            sums, (left, right) = torch.zeros_like(gain), view.up_factors(low)
+            for rows, grad in sweep.gradients(bound):
+                subspace.add_squares_(sums, rows, product(left[rows] * -taken, right).add_(grad).square_(), view.tall)
+            gain = gain * subspace.limit_channels(gain * sums.sqrt_(), state, self.betas, ctx, self.growth_limit)
+        # gain (G - P taken) + P psi: both products in one
+        both = psi.mul_(self.scale).addcmul_(low, gain, value=-taken)
+        sweep.descend_sum(view.up_factors(both), view.along(gain), bound)

@@ -86,7 +86,7 @@ class GaLore:
 
     def _rule(self, low: Tensor, state: State, ctx: Context) -> Tensor:
         """Adam's scaled direction of a projected gradient, l x r. Advances the moments."""
-        return rules.adam(*stores.adam_moments_(state, low, self.betas, ctx), self.eps) * self.scale
+        return rules.adam(*stores.adam_moments_(state, low, self.betas, ctx), self.eps).mul_(self.scale)
 
     def moments(self, param: Tensor, state: State, m_step: int, v_step: int) -> State:
         """What `m` stands for under the projector at hand, bias-corrected: estimates E g. `v` is of other entries."""
