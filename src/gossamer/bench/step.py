@@ -23,6 +23,7 @@ from gossamer.bench.page import page
 from gossamer.bench.timing import Pairs, time_pairs
 from gossamer.bench.words import MISSING
 from gossamer.errors import UserError, nearest
+from gossamer.kernels import native
 from gossamer.memory import meta_model
 from gossamer.memory.measure import MakeOptimizer
 from gossamer.optim import Optimizer, param_groups
@@ -176,6 +177,7 @@ def what_runs() -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {**versions(), "torchao": _torchao_version()},
         "hardware": hardware(),
+        "compiled_sweep": native.library() is not None,
         "commit": commit(),
     }
 
