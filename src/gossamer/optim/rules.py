@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gossamer.linalg import newton_schulz
+from gossamer.rows import HERE, Rows, entries
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
 """How `orthogonalize` accounts for the shape of a matrix: torch.optim.Muon's two words."""
@@ -40,9 +41,9 @@ def orthogonalize(m: Tensor, adjust_lr_fn: str) -> Tensor:
 # --- guards against overflow: far above any gradient of a run that is alive; NaN is passed on ---
 
 
-def cut_gradient(g: Tensor) -> Tensor:
-    """`g` with its entries cut at `gradient_bound`."""
-    bound = gradient_bound(g.dtype, g.numel())
+def cut_gradient(g: Tensor, rows: Rows = HERE) -> Tensor:
+    """`g` with its entries cut at `gradient_bound`. rows: of g."""
+    bound = gradient_bound(g.dtype, entries(g, rows))
     return g.clamp(-bound, bound)
 
 
