@@ -12,7 +12,7 @@ decide alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
@@ -61,3 +61,29 @@ HERE = Rows()
 def entries(x: Tensor, rows: Rows) -> int:
     """Of the whole tensor."""
     return int(torch.Size(rows.shape(x)).numel())
+
+
+Parts = Generator[tuple[Callable[[Tensor], Tensor], Tensor], Tensor, Tensor]
+"""Work on my rows of a matrix that needs all of them once, in one place.
+
+    def parts(grad, rows):
+        ...                                     # before
+        rows_of_f = yield f, x                  # x: my rows of what f takes; f(all rows) has its shape and dtype
+        ...                                     # after
+        return direction
+"""
+
+
+def finish(parts: Parts, rows: Rows) -> Tensor:
+    """What `parts` returns."""
+    function, x = next(parts)
+    return answered(parts, rows.mine(rows.whole(function, x, rows.shape(x))))
+
+
+def answered(parts: Parts, answer: Tensor) -> Tensor:
+    """What `parts` returns when its question is answered."""
+    try:
+        parts.send(answer)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError("parts: it asked twice")

@@ -13,6 +13,7 @@ import gossamer
 from gossamer import UserError
 from gossamer.optim import rules, stores
 from gossamer.optim.contract import Context, Method, State, build
+from gossamer.rows import HERE, finish
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -159,11 +160,11 @@ def test_muon_with_a_power_of_the_identity() -> None:
 @pytest.mark.parametrize("shape", [(24, 6), (6, 24), (9, 9)])
 def test_orthogonalize_scales_by_the_shape(shape: tuple[int, int]) -> None:
     m = randn(*shape)
-    plain, matched = rules.orthogonalize(m, "original"), rules.orthogonalize(m, "match_rms_adamw")
+    plain, matched = (finish(rules.orthogonalize(m, adjust), HERE) for adjust in rules.ADJUSTMENTS)
     singular = torch.linalg.svdvals(plain) / max(1, shape[0] / shape[1]) ** 0.5
     assert float(singular.min()) > 0.6 and float(singular.max()) < 1.3
     assert 0.2 * 0.6 < float(matched.square().mean().sqrt()) < 0.2 * 1.3
-    assert rules.orthogonalize(m.float(), "original").dtype is torch.float32
+    assert finish(rules.orthogonalize(m.float(), "original"), HERE).dtype is torch.float32
 
 
 @pytest.mark.parametrize(

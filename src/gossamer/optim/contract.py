@@ -32,7 +32,9 @@ State = dict[str, Tensor]
 """What a method keeps for one parameter: flat, tensors only, so that it is saved, counted and sharded as it is.
 
 A key `m` or `m_...` belongs to the first moment, `v` or `v_...` to the second. A fresh moment is all zeros, so that
-`Optimizer.reset` can make one fresh; what a method draws at random it draws when `m_step` or `v_step` is 1.
+`Optimizer.reset` can make one fresh; what a method draws at random it draws when `m_step` or `v_step` is 1. Of a method
+that is registered `by_rows` the whole fresh state is zero, and a tensor of it has one dimension that grows with the
+parameter's rows, or none: it is sharded along that one.
 """
 
 MOMENTS = ("m", "v")

@@ -25,7 +25,7 @@ from gossamer.optim.contract import (
     register,
 )
 from gossamer.optim.sweep import Sweep
-from gossamer.rows import HERE, Rows
+from gossamer.rows import HERE, Parts, Rows, finish
 
 if TYPE_CHECKING:
     from gossamer.optim.passes import Moment, Passes
@@ -363,6 +363,9 @@ class GossamerMuon(Tracker):
         return stores.factored(param, self.rank, "m")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
+        return finish(self.parts(grad, state, ctx), ctx.rows)
+
+    def parts(self, grad: Tensor, state: State, ctx: Context) -> Parts:
         grad, mu = rules.cut_gradient(grad, ctx.rows), self.momentum
         w = factors.frame(state, "m", ctx.generator)
         past, own, mass = mu, 1 - mu, 1 - mu**ctx.m_step
@@ -370,4 +373,4 @@ class GossamerMuon(Tracker):
             past, own, mass = mu * past, (1 - mu) + mu * own, (1 - mu) + mu * mass
         m = self.blend(state, w, grad, ctx.rows, past=past, own=own, mass=mass)
         factors.keep_(state, ctx.rows, m=factors.follow(state["m_B"], state["m_A"], w, grad, mu, ctx.rows))
-        return rules.orthogonalize(m, self.adjust_lr_fn)
+        return (yield from rules.orthogonalize(m, self.adjust_lr_fn, ctx.rows))

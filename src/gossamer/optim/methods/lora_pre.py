@@ -26,7 +26,7 @@ from gossamer.optim.contract import (
 )
 from gossamer.optim.factors import Damped
 from gossamer.optim.sweep import Sweep
-from gossamer.rows import Rows
+from gossamer.rows import Parts, Rows, finish
 
 PAPER = "Wang et al., Taming Momentum, ICLR 2026, arXiv 2602.24283"
 
@@ -323,8 +323,12 @@ class LoRAPreMuon(Regression):
         return stores.factored(param, self.rank, "m")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
+        return finish(self.parts(grad, state, ctx), ctx.rows)
+
+    def parts(self, grad: Tensor, state: State, ctx: Context) -> Parts:
         self.begin_(state, ctx, m=ctx.m_step)
         grad, mu = rules.cut_gradient(grad, ctx.rows), self.momentum
         m = torch.addmm(grad, state["m_B"], state["m_A"], alpha=mu)
         self.advance_(state, ctx.rows, m=(grad / (1 - mu), 1 - mu**0.5))
-        return rules.orthogonalize(rules.cut_gradient(m, ctx.rows), self.adjust_lr_fn).mul_(self.scale)
+        m = rules.cut_gradient(m, ctx.rows)
+        return (yield from rules.orthogonalize(m, self.adjust_lr_fn, ctx.rows)).mul_(self.scale)

@@ -25,6 +25,7 @@ from gossamer.optim.contract import (
     register,
 )
 from gossamer.optim.sweep import Sweep
+from gossamer.rows import Parts, finish
 
 if TYPE_CHECKING:
     from gossamer.optim.passes import Passes
@@ -285,7 +286,11 @@ class MLorcMuon(Compression):
         return stores.factored(param, self.rank, "m")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
+        return finish(self.parts(grad, state, ctx), ctx.rows)
+
+    def parts(self, grad: Tensor, state: State, ctx: Context) -> Parts:
         grad = rules.cut_gradient(grad, ctx.rows)
         m = factors.ema(state, "m", grad, self.momentum)
         factors.keep_(state, ctx.rows, m=self.compress(m, ctx))
-        return rules.orthogonalize(grad.lerp(m, self.momentum) if self.nesterov else m, self.adjust_lr_fn)
+        m = grad.lerp(m, self.momentum) if self.nesterov else m
+        return (yield from rules.orthogonalize(m, self.adjust_lr_fn, ctx.rows))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gossamer.optim import rules, stores
 from gossamer.optim.contract import Context, State, check_choice, check_decay, register
+from gossamer.rows import Parts, finish
 
 
 @register(
@@ -44,6 +45,10 @@ class Muon:
         return stores.dense(param, "m")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
+        return finish(self.parts(grad, state, ctx), ctx.rows)
+
+    def parts(self, grad: Tensor, state: State, ctx: Context) -> Parts:
         grad = rules.cut_gradient(grad, ctx.rows)
         m = state["m"].lerp_(grad, 1 - self.momentum)
-        return rules.orthogonalize(grad.lerp(m, self.momentum) if self.nesterov else m, self.adjust_lr_fn)
+        m = grad.lerp(m, self.momentum) if self.nesterov else m
+        return (yield from rules.orthogonalize(m, self.adjust_lr_fn, ctx.rows))
