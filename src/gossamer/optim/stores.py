@@ -88,7 +88,7 @@ def read(state: State, name: str) -> Tensor:
     if f"{name}_bf16" in state:
         return state[f"{name}_bf16"].float()
     codes, scale = state[f"{name}_codes"], state[f"{name}_scale"]
-    values = codebook(_signed(name), scale.dtype, scale.device)[codes.int()]
+    values = codebook(_signed(name), scale.dtype, scale.device)[codes.view(-1).int()].view(codes.shape)
     return _unblocked(_blocks(values).mul_(scale[..., None]), codes)
 
 
