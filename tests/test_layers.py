@@ -19,10 +19,11 @@ FLOORS = {
     "layers": 4,
     "models": 4,
     "data": 4,
-    "distributed": 5,
     "optim": 5,
+    "distributed": 6,
     "kernels": 6,
     "linalg": 7,
+    "rows": 8,
     "errors": 8,
 }
 
