@@ -208,8 +208,14 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.step_members(self.members())
+        return loss
+
+    @torch.no_grad()
+    def step_members(self, members: Iterable[tuple[str, nn.Parameter, dict[str, Any]]]) -> None:
+        """One step for those of these parameters that have a gradient; no step hook is called."""
         alike: defaultdict[tuple[Any, ...], list[Sweep]] = defaultdict(list)
-        for name, param, group in self.members():
+        for name, param, group in members:
             if param.grad is None or param.numel() == 0:  # an empty shard has nothing to step
                 continue
             sweep, how = self._begin(name, param, group), implementation_of(param, group)
@@ -226,7 +232,6 @@ class Optimizer(torch.optim.Optimizer):
                 groups[group]["method"].step_(sweeps)
             else:
                 _launch(groups[group], sweeps)
-        return loss
 
     @cached_property
     def _scratch(self) -> Scratch:
