@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
+import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +19,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gossamer
-from gossamer import GradientRelease, Optimizer, UserError, layers, param_groups, release_gradients
+from gossamer import AdamW, GradientRelease, Optimizer, UserError, layers, param_groups, release_gradients
+from gossamer.data import DataConfig
+from gossamer.distributed import World
 from gossamer.optim.diagnostics import Diagnostics
+from gossamer.train import Pretrain, pretrain
+from gossamer.train.gradients import gradients_of
 
 METHODS = sorted(gossamer.methods())
 DTYPES = [torch.float32, torch.bfloat16]
@@ -592,3 +599,94 @@ def test_a_step_hook_is_called_once_a_step() -> None:
         loss_of(model, step).backward()
         opt.step()
     assert calls == ["before", "after"] * 2
+
+
+# --- pretraining ------------------------------------------------------------------------------------------------------
+
+
+def pretrained(tiny: Path, out: Path, **changes: Any) -> tuple[list[dict[str, Any]], bytes, Any]:
+    """What the log says of steps, and the last checkpoint's weights and state."""
+    text = DataConfig(str(tiny / "train.txt"), str(tiny / "valid.txt"), vocab_size=300, seq_len=32)
+    defaults = {"model": str(tiny / "config.json"), "device": "cpu", "batch_size": 4, "steps": 6, "eval_tokens": 100}
+    method = changes.pop("method", gossamer.methods()["lora-pre"].cls(rank=4))
+    pretrain(Pretrain(method, data=text, out=out, **(defaults | changes)), quiet=True)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = [{key: v for key, v in line.items() if key != "seconds"} for line in lines if line["event"] == "train"]
+    last = out / "checkpoints" / "step-00000006"
+    return (
+        log,
+        (last / "model.safetensors").read_bytes(),
+        torch.load(last / "optimizer.pt", weights_only=True)["state"],
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"clip": 0.2},
+        {"clip": 0.2, "micro_batch_size": 1},
+        {"clip": 0.0},
+        {"clip": 0.2, "checkpointing": True},
+        {"clip": 0.2, "layers": layers.SLTrain(rank=4), "restarts": gossamer.Restarts(every=2), "method": AdamW()},
+    ],
+    ids=["clip", "micro", "no clip", "checkpointing", "sltrain"],
+)
+def test_pretraining_ends_with_the_same_bits(tiny: Path, tmp_path: Path, changes: dict[str, Any], dtype: str) -> None:
+    ours = pretrained(tiny, tmp_path / "ours", release_gradients=True, dtype=dtype, **changes)
+    theirs = pretrained(tiny, tmp_path / "theirs", dtype=dtype, **changes)
+    assert min(event["grad_norm"] for event in theirs[0]) > 0.2  # so that every step is clipped, where one is
+    assert_same(ours, theirs)
+
+
+def test_pretraining_by_the_norm_of_the_step_before_resumes_exactly(tiny: Path, tmp_path: Path) -> None:
+    changes = {"release_gradients": True, "clip_by": "previous", "clip": 0.2}
+    ours = pretrained(tiny, tmp_path / "ours", save_every=2, keep_last=3, **changes)
+    shutil.copytree(tmp_path / "ours", tmp_path / "resumed")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"step-0000000{step}")
+    assert_same(pretrained(tiny, tmp_path / "resumed", save_every=2, keep_last=3, resume=True, **changes), ours)
+    exact = pretrained(tiny, tmp_path / "exact", **(changes | {"clip_by": "two-pass"}))
+    assert ours[0][0] == exact[0][0]  # only the first step is not clipped
+    assert ours[1] != exact[1]
+
+
+@pytest.mark.parametrize("clip_by", ["two-pass", "previous"])
+def test_a_loss_that_is_not_finite_moves_nothing(
+    tiny: Path, tmp_path: Path, clip_by: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gossamer.evaluate import token_loss
+
+    models: list[nn.Module] = []
+    before: list[dict[str, Tensor]] = []
+
+    def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        models.append(model)
+        before.append(copy.deepcopy(model.state_dict()))
+        return token_loss(model, inputs, targets) * (math.nan if len(models) == 3 else 1)
+
+    monkeypatch.setattr("gossamer.train.loop.token_loss", loss)
+    with pytest.raises(UserError, match=r"^step 3: the loss is nan and the gradient norm is .*; stopped "):
+        pretrained(tiny, tmp_path / "run", release_gradients=True, clip_by=clip_by)
+    assert len(models) == 3
+    assert_same(dict(before[2]), dict(models[2].state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"clip_by": "previous"}, "clip_by: 'previous' without gradients that are released and clipped"),
+        ({"clip_by": "previous", "release_gradients": True, "clip": 0.0}, "add --release-gradients, with --clip above"),
+        ({"compile": True, "release_gradients": True}, "release_gradients: a compiled model .* leave out --compile"),
+    ],
+)
+def test_options_that_do_not_fit(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Pretrain(AdamW(), **changes)
+
+
+def test_several_processes_are_refused() -> None:
+    model = net()
+    config = Pretrain(AdamW(), release_gradients=True)
+    with refused("allowed in one process, here are 2"):
+        gradients_of(config, model, optimizer(model), World(0, 2, torch.device("cpu")))

@@ -114,13 +114,14 @@ class GradientRelease:
 
     @property
     def norm(self) -> Tensor:
-        """Of all gradients before clipping, 0-dim: as `measure()` found it or the last step left it; 0 before.
+        """Of all gradients before clipping, 0-dim: as `measure()` found it, or of those that have stepped in this step,
+        or, before any has, of the last step; 0 before the first.
 
-        It is saved and restored with the optimizer, since "previous" scales the next step by it.
+        The last step's is saved and restored with the optimizer, since "previous" scales the next one by it.
         """
         if self.max_norm is None:
             raise UserError("release_gradients: max_norm is None, so there is no norm; math.inf only measures")
-        return self.optimizer.param_groups[0][NORM]
+        return self._total() if self._stepped and not self._measured else self.optimizer.param_groups[0][NORM]
 
     def remove(self) -> None:
         """Let gradients stay until `optimizer.step()` again."""
@@ -189,6 +190,7 @@ class GradientRelease:
         if self._instead is not None:
             self._instead(param)
             return
+        group, i = self.optimizer.param_groups[self._places[param][0]], self._places[param][1]
         if self.max_norm is not None:
             if self.clip == "two-pass" and not self._measured:
                 raise UserError(
@@ -196,8 +198,7 @@ class GradientRelease:
                     "with released.measure(): loss.backward(retain_graph=True)"
                 )
             self._note([param])
-            clip_grads_with_norm_([param], self.max_norm, self.norm)
-        group, i = self.optimizer.param_groups[self._places[param][0]], self._places[param][1]
+            clip_grads_with_norm_([param], self.max_norm, group[NORM])
         self.optimizer.step_members([(group["param_names"][i], group["params"][i], group)])
         param.grad = None
         self._stepped.add(param)
@@ -250,7 +251,7 @@ class GradientRelease:
             self._note(waiting)
             if not self._stepped and not self._measured:  # all gradients are here: nothing has to be guessed
                 self._publish()
-            clip_grads_with_norm_(waiting, self.max_norm, self.norm)
+            clip_grads_with_norm_(waiting, self.max_norm, optimizer.param_groups[0][NORM])
 
     def _end(self, *_: Any) -> None:
         """After `optimizer.step()`."""
