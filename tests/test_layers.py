@@ -80,6 +80,6 @@ def test_optimizers_need_only_torch_and_numpy() -> None:
 
 
 _ALLOWED = {
-    "__future__", "collections", "copy", "ctypes", "dataclasses", "difflib", "functools", "gossamer", "hashlib",
-    "importlib", "math", "numpy", "pkgutil", "re", "torch", "types", "typing",
+    "__future__", "collections", "contextlib", "copy", "ctypes", "dataclasses", "difflib", "functools", "gossamer",
+    "hashlib", "importlib", "math", "numpy", "pkgutil", "re", "torch", "types", "typing",
 }  # fmt: skip

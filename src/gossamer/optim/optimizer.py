@@ -209,9 +209,15 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.step_members(self.members())
+        return loss
+
+    @torch.no_grad()
+    def step_members(self, members: Iterable[tuple[str, nn.Parameter, dict[str, Any]]]) -> None:
+        """One step for those of these parameters that have a gradient; no step hook is called."""
         alike: defaultdict[tuple[Any, ...], list[Sweep]] = defaultdict(list)
         owned: list[tuple[Method, Sweep]] = []
-        for name, param, group in self.members():
+        for name, param, group in members:
             if param.grad is None or param.numel() == 0:
                 continue
             if (sweep := self._begin(name, param, group)) is None:
@@ -236,7 +242,6 @@ class Optimizer(torch.optim.Optimizer):
                 _launch(groups[group], sweeps)
         if owned:
             _step_by_owners(owned)
-        return loss
 
     @cached_property
     def _scratch(self) -> Scratch:

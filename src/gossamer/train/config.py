@@ -64,6 +64,11 @@ class Pretrain(Generic[M, L, R]):
     """Learning rate of the last step, as a part of the peak."""
     clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
+    release_gradients: bool = False
+    """Step each parameter in the backward pass and free its gradient, so that not all are held at once. Micro-batches
+    hold them all until the last one."""
+    clip_by: Literal["two-pass", "previous"] = "two-pass"
+    """The norm that clips released gradients: this step's, which takes a second backward pass, or the step's before."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of weights, gradients and activations. Optimizer state is fp32 either way."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
@@ -110,6 +115,13 @@ class Pretrain(Generic[M, L, R]):
                 raise UserError(f"{name}: {getattr(self, name)} is not a part; allowed: 0 to 1")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise UserError(f"micro_batch_size: {self.micro_batch_size} is too small; allowed: an integer >= 1")
+        if self.clip_by != "two-pass" and not (self.release_gradients and self.clip):
+            raise UserError(
+                f"clip_by: {self.clip_by!r} without gradients that are released and clipped, which are clipped by this "
+                "step's norm; add --release-gradients, with --clip above 0"
+            )
+        if self.release_gradients and self.compile:
+            raise UserError("release_gradients: a compiled model hands over all gradients at once; leave out --compile")
         if self.layer_targets and self.layers is None:
             raise UserError("layer_targets: there are no layers to replace them by; add --layers")
         if isinstance(self.layers, ReLoRA | LORO) and (self.restarts is None or not self.restarts.refactorize):

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from gossamer.data import IGNORED, open_corpus
 from gossamer.distributed import World, start, stop
@@ -22,6 +21,7 @@ from gossamer.train import log as logs
 from gossamer.train.build import build
 from gossamer.train.checkpoint import Checkpoints, read_training, restore
 from gossamer.train.config import Pretrain, check_resumable
+from gossamer.train.gradients import gradients_of
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Run:
             rounding=config.rounding,
             seed=config.seed,
         )
+        self.gradients = gradients_of(config, self.model, self.optimizer, world)
         watch = config.diagnose, config.diagnose_every
         self.diagnostics = Diagnostics(self.optimizer, *watch) if config.diagnose else None
         restarts = config.restarts
@@ -158,17 +159,17 @@ class Run:
         x, y = inputs[self.rows].split(self.micro), targets[self.rows].split(self.micro)
         nats = torch.zeros((), device=world.device)
         for i in range(len(x)):
-            with world.accumulating(self.replica, last=i == len(x) - 1):
+            last = i == len(x) - 1
+            with world.accumulating(self.replica, last):
                 part = token_loss(self.replica, x[i].to(world.device), y[i].to(world.device))
-                (part * (world.size / count)).backward()
+                self.gradients.backward(part * (world.size / count), last)
             nats += part.detach()
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(parameters, config.clip or math.inf))
+        norm = self.gradients.norm()
         loss, lr = float(world.sum(nats)) / count, float(self.scheduler.get_last_lr()[0])
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise UserError(
-                f"step {self.done + 1}: the loss is {loss} and the gradient norm is {norm}; stopped before the "
-                f"update; {self.checkpoints.last_good()}"
+                f"step {self.done + 1}: the loss is {loss} and the gradient norm is {norm}; stopped "
+                f"{self.gradients.stopped}; {self.checkpoints.last_good()}"
             )
         self.optimizer.step()
         self.scheduler.step()

@@ -1,0 +1,72 @@
+"""The gradients of an optimizer step: held until it ends, or released as they come. Both clip and say their norm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from gossamer.distributed import World
+from gossamer.errors import UserError
+from gossamer.optim import Optimizer, release_gradients
+from gossamer.train.config import Pretrain
+
+
+class Held:
+    """All of them until the optimizer steps."""
+
+    stopped = "before the update"
+    """Where a run stops whose norm is not finite."""
+
+    def __init__(self, model: nn.Module, clip: float) -> None:
+        self.model, self.clip = model, clip
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def norm(self) -> float:
+        """Of all of them, before they are clipped, which this does."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        return float(nn.utils.clip_grad_norm_(parameters, self.clip or math.inf))
+
+
+class Released:
+    """Each until its parameter has stepped, in the backward pass of the last micro-batch."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, clip: float, clip_by: str) -> None:
+        self.two_passes = clip > 0 and clip_by == "two-pass"
+        way = "two-pass" if self.two_passes else "previous"  # which measures in passing, and scales nothing by inf
+        self.released = release_gradients(model, optimizer, max_norm=clip or math.inf, clip=way)
+        self.stopped = "before the update" if self.two_passes else "and some weights may have moved"
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        if not last:
+            with self.released.accumulate():
+                loss.backward()
+            return
+        if self.two_passes:
+            with self.released.measure():
+                loss.backward(retain_graph=True)
+        if math.isfinite(loss.detach()) and math.isfinite(self.released.norm):
+            loss.backward()  # else the run stops, and nothing has moved
+
+    def norm(self) -> float:
+        return float(self.released.norm)
+
+
+def gradients_of(
+    config: Pretrain[Any, Any, Any], model: nn.Module, optimizer: Optimizer, world: World
+) -> Held | Released:
+    """How this run treats them.
+
+    Raises:
+        UserError: to be released in several processes.
+    """
+    if not config.release_gradients:
+        return Held(model, config.clip)
+    if world.size > 1:
+        raise UserError(
+            f"release_gradients: allowed in one process, here are {world.size}, and averaging keeps all gradients"
+        )
+    return Released(model, optimizer, config.clip, config.clip_by)
