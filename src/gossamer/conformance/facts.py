@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import random
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -77,7 +78,12 @@ def _saved(value: Any) -> io.BytesIO:
 @fact
 def weights_only(subject: Subject) -> str:
     """What `torch.save` wrote of its state, `torch.load(weights_only=True)` reads: it holds no code."""
-    torch.load(_saved(_half_way(subject)[1].state_dict()), weights_only=True)
+    saved = _saved(_half_way(subject)[1].state_dict())
+    try:
+        torch.load(saved, weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise AssertionError(f"UnpicklingError: the state holds {named[1] if named else first_line(error)}") from error
     return ""
 
 
@@ -108,7 +114,7 @@ def state_dtype(subject: Subject) -> str:
     """
     model, optimizer = _half_way(subject, torch.bfloat16)
     fresh = subject.build(copy.deepcopy(model))
-    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    fresh.load_state_dict(torch.load(_saved(optimizer.state_dict()), weights_only=False))
     kept, loaded = (dict(leaves(o.state_dict()["state"])) for o in (optimizer, fresh))
     assert kept.keys() == loaded.keys(), f"loading changes which entries there are: {min(kept.keys() ^ loaded.keys())}"
     for path, value in kept.items():
@@ -134,11 +140,11 @@ def dcp_flat(subject: Subject) -> str:
     model, optimizer = _half_way(subject)
     with tempfile.TemporaryDirectory() as folder:
         flat = get_optimizer_state_dict(model, optimizer, options=options)
-        _quietly(dcp.save, {"optimizer": flat}, folder)
+        _quietly(state_dict_saver.save, {"optimizer": flat}, folder)
 
         def load(model: Model, fresh: torch.optim.Optimizer) -> None:
             target = {"optimizer": get_optimizer_state_dict(model, fresh, options=options)}
-            _quietly(dcp.load, target, folder)
+            _quietly(state_dict_loader.load, target, folder)
             set_optimizer_state_dict(model, fresh, target["optimizer"], options=options)
 
         resumed = _continued(subject, model, load)
@@ -215,7 +221,8 @@ def zero_gradient(subject: Subject) -> str:
     for lr in (0.0, None):
         model, optimizer = _pair(subject)
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] if lr is None else lr
+            if lr is not None:
+                group["lr"] = torch.tensor(lr) if isinstance(group["lr"], Tensor) else lr
         for param in model.parameters():
             param.grad = torch.zeros_like(param)
         before = weights(model)
