@@ -16,6 +16,7 @@ FLOORS = {
     "evaluate": 3,
     "memory": 3,
     "restarts": 3,
+    "conformance": 4,
     "layers": 4,
     "models": 4,
     "data": 4,
@@ -57,7 +58,7 @@ def test_imports_go_downward() -> None:
 
 def test_only_distributed_mentions_a_rank_of_processes() -> None:
     for path in ROOT.rglob("*.py"):
-        if room(path) not in ("distributed",):
+        if room(path) not in ("distributed", "conformance"):  # the kit tries optimizers on two processes
             assert "torch.distributed" not in path.read_text(), path
 
 
@@ -77,6 +78,11 @@ def test_optimizers_need_only_torch_and_numpy() -> None:
                 continue
             for module in modules:
                 assert module.split(".")[0] in _ALLOWED, f"{path.name} imports {module}"
+
+
+def test_the_conformance_kit_needs_only_the_optimizers() -> None:
+    for path in (ROOT / "conformance").rglob("*.py"):
+        assert {name.split(".")[1] for name in imported(path)} <= {"conformance", "optim", "errors"}, path
 
 
 _ALLOWED = {
