@@ -63,7 +63,8 @@ def for_trainer(
     defaults = {field.name: field.default for field in fields(args)}
     for name, instead in IGNORED.items():
         if (value := getattr(args, name)) != defaults[name]:
-            raise UserError(f"for_trainer: {name}={str(value)!r} of TrainingArguments would be ignored; {instead}")
+            given = getattr(value, "value", value)  # `optim` is an enumeration by now
+            raise UserError(f"for_trainer: {name}={given!r} of TrainingArguments would be ignored; {instead}")
     if args.deepspeed_plugin is not None:
         raise UserError("for_trainer: DeepSpeed flattens parameters, so no matrix is left to a method; use FSDP2")
     if isinstance(method, str):
