@@ -15,8 +15,8 @@ from gossamer.optim.contract import build
 VOCABULARY, LENGTH = 64, 12
 
 
-def llama(dtype: torch.dtype = torch.float32, num_hidden_layers: int = 2) -> Any:
-    """A Llama of hidden size 32, the same one each time, and never a model that ties its output head."""
+def llama(dtype: torch.dtype = torch.float32, num_hidden_layers: int = 2, attention_dropout: float = 0.1) -> Any:
+    """A Llama of hidden size 32, the same one each time, with random numbers in its forward pass."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -27,7 +27,7 @@ def llama(dtype: torch.dtype = torch.float32, num_hidden_layers: int = 2) -> Any
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=32,
-        attention_dropout=0.1,
+        attention_dropout=attention_dropout,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
