@@ -26,7 +26,6 @@ parser.add_argument("--text", type=Path, default=Path(__file__), help="a line is
 parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--out", default="runs/trl_sft")
 options = parser.parse_args()
-
 lines = [line for line in options.text.read_text().splitlines() if line.strip()]
 if options.model:
     model, tokenizer = (cls.from_pretrained(options.model) for cls in (AutoModelForCausalLM, AutoTokenizer))
@@ -43,7 +42,6 @@ args = SFTConfig(
     output_dir=options.out,
     max_steps=options.steps,
     learning_rate=5e-3,
-    per_device_train_batch_size=8,
     max_length=64,
     logging_steps=5,
     report_to="none",

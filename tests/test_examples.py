@@ -62,13 +62,13 @@ def test_lightning(run: Run) -> None:
 @needs_sharded_steps
 def test_fsdp2(tmp_path: Path) -> None:
     example, folder = str(EXAMPLES / "torchrun_fsdp2.py"), ("--folder", str(tmp_path))
-    done = torchrun(2, example, "--steps", "20", *folder)
+    done = torchrun(2, example, "--steps", "9", *folder)
     assert done.returncode == 0, done.stderr
     seen = losses(done.stdout)
-    assert len(seen) == 20 and sum(seen[-3:]) < 0.8 * sum(seen[:3])
-    done = torchrun(2, example, "--steps", "25", "--resume", *folder)
+    assert len(seen) == 9 and sum(seen[-3:]) < 0.9 * sum(seen[:3])
+    done = torchrun(2, example, "--steps", "12", "--resume", *folder)
     assert done.returncode == 0, done.stderr
-    assert len(more := losses(done.stdout)) == 5 and sum(more[-3:]) < sum(seen[-3:])
+    assert len(more := losses(done.stdout)) == 3 and sum(more) < sum(seen[-3:])
 
 
 def test_every_example_is_short_and_tested() -> None:
