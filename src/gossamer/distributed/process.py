@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,6 +54,17 @@ class World:
             dist.all_reduce(value)
         return value
 
+    def turns(self, total: int) -> range:
+        """This process's part of `total` pieces of work: every `size`-th."""
+        return range(self.rank, total, self.size)
+
+    def most(self, here: int) -> int:
+        """The largest of all processes' numbers."""
+        value = torch.tensor(here, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
+
     def any(self, here: bool) -> bool:
         """Whether it is so in any process."""
         return bool(self.sum(torch.tensor(float(here), device=self.device)))
@@ -74,11 +86,25 @@ class World:
     @cached_property
     def background(self) -> dist.ProcessGroup | None:
         """All processes again, on the CPU, for a thread beside the training; None for a process alone."""
-        return dist.new_group(backend="gloo") if self.size > 1 else None
+        return dist.new_group(backend="gloo") if self.size > 1 else None  # pyright: ignore[reportReturnType]
 
     def seed(self, seed: int) -> None:
         """Seed torch's global generator: in each process differently, as dropout on other rows has to be."""
         torch.manual_seed((seed + self.rank) % 2**63)
+
+    def random_states(self) -> dict[str, Tensor]:
+        """Of torch's global generators here, named by process."""
+        states = {f"{self.rank}.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states[f"{self.rank}.cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def set_random_states(self, states: dict[str, Tensor]) -> None:
+        """Go on from there; a process that was not there when they were taken goes on from its seed."""
+        if (cpu := states.get(f"{self.rank}.cpu")) is not None:
+            torch.set_rng_state(cpu)
+        if self.device.type == "cuda" and (cuda := states.get(f"{self.rank}.cuda")) is not None:
+            torch.cuda.set_rng_state(cuda, self.device)
 
     def parallel(self, model: nn.Module, how: str) -> nn.Module:
         """`model`, with its gradients averaged over processes.
@@ -95,7 +121,7 @@ class World:
         mesh = init_device_mesh(self.device.type, (self.size,))
         for layer in _decoder_layers(model):
             fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        return fully_shard(model, mesh=mesh)  # pyright: ignore[reportReturnType]
 
     @contextlib.contextmanager
     def accumulating(self, model: nn.Module, last: bool) -> Iterator[None]:
@@ -147,7 +173,7 @@ def start(device: str, timeout: float = 600.0) -> World:
     if size == 1 or dist.is_initialized():
         return World(rank, size, local)
     patience = timedelta(seconds=timeout)
-    store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+    store, rank, size = next(rendezvous("env://", timeout=patience))
     # NCCL ends the process from another thread and says little: leave the pulse time to speak first
     limit = patience + timedelta(seconds=60) if use_cuda else patience
     backend = "nccl" if use_cuda else "gloo"

@@ -9,7 +9,7 @@ import threading
 import time
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 BEAT = 0.5
 """Seconds between two beats."""
@@ -24,10 +24,10 @@ class Pulse:
     gone, that thread says who is missing and ends the process, `timeout` seconds after the last sign of life.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
+    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
         # a connection of its own: what the main thread waits for must not hold up a beat
-        self.store = dist.PrefixStore("gossamer", store.clone())
+        self.store = PrefixStore("gossamer", store.clone())  # pyright: ignore[reportAttributeAccessIssue]
         self.store.set_timeout(timedelta(seconds=SILENT))
         self._stop, self._thread = threading.Event(), threading.Thread(target=self._beat, daemon=True)
 

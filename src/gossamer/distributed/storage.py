@@ -25,15 +25,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from gossamer.errors import UserError, first_line
 
@@ -65,8 +68,8 @@ def save(folder: Path, tensors: dict[str, Tensor], finish: Callable[[], None]) -
     names; it returns when all is done, and raises on all of them what any of them met.
     """
     try:
-        dcp.save(tensors, storage_writer=_Writer(folder, finish), no_dist=not dist.is_initialized())
-    except dcp.CheckpointException as error:
+        state_dict_saver.save(tensors, storage_writer=_Writer(folder, finish), no_dist=not dist.is_initialized())
+    except CheckpointException as error:
         raise _cause(error) from None
 
 
@@ -81,13 +84,13 @@ def save_behind(
     Returns a function that waits for the end and raises what any process met.
     """
     writer = _Writer(folder, finish)
-    future = dcp.async_save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+    future = state_dict_saver.async_save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     assert isinstance(future, Future)
 
     def wait() -> None:
         try:
             future.result()
-        except dcp.CheckpointException as error:
+        except CheckpointException as error:
             raise _cause(error) from None
 
     return wait
@@ -105,8 +108,8 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> None:
         if there.get(key) != ours:
             raise UserError(f"{folder}: {key} is {_show(there.get(key))} there and {_show(ours)} here")
     try:
-        dcp.load(tensors, storage_reader=_Reader(folder), no_dist=not dist.is_initialized())
-    except dcp.CheckpointException as error:
+        state_dict_loader.load(tensors, storage_reader=_Reader(folder), no_dist=not dist.is_initialized())
+    except CheckpointException as error:
         raise _cause(error) from None
 
 
@@ -124,8 +127,8 @@ def write_file(path: Path, tensors: Iterable[tuple[str, torch.Size, torch.dtype,
             _pwrite(file.fileno(), _bytes(make()), layout[name][1])
 
 
-class _Writer(dcp.StorageWriter):
-    """Where `dcp.save` puts its tensors."""
+class _Writer(StorageWriter):
+    """Where torch puts its tensors."""
 
     def __init__(self, folder: Path, then: Callable[[], None]) -> None:
         self.folder, self.then = folder, then
@@ -134,10 +137,10 @@ class _Writer(dcp.StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
 
-    def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
 
-    def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the first process: make the files, of their full size, and tell everyone what begins where."""
         files: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}
         for item in itertools.chain.from_iterable(plan.items for plan in plans):
@@ -151,7 +154,7 @@ class _Writer(dcp.StorageWriter):
             layout |= {f"{stem}/{name}": place for name, place in places.items()}
         return [replace(plan, storage_data=layout) for plan in plans]
 
-    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future[list[Any]]:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[Any]]:
         layout: Layout = plan.storage_data
         by_file = sorted(plan.items, key=lambda item: layout[item.index.fqn])
         for file, items in itertools.groupby(by_file, lambda item: layout[item.index.fqn][0]):
@@ -183,8 +186,8 @@ class _Writer(dcp.StorageWriter):
         return False  # found by no name, only given
 
 
-class _Reader(dcp.StorageReader):
-    """Where `dcp.load` finds them: every safetensors file of a folder."""
+class _Reader(StorageReader):
+    """Where torch finds them: every safetensors file of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -206,13 +209,13 @@ class _Reader(dcp.StorageReader):
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
 
-    def prepare_local_plan(self, plan: dcp.LoadPlan) -> dcp.LoadPlan:
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
 
-    def prepare_global_plan(self, plans: list[dcp.LoadPlan]) -> list[dcp.LoadPlan]:
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         return plans
 
-    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> torch.futures.Future[None]:
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
         stem_of = lambda item: item.storage_index.fqn.partition("/")[0]  # noqa: E731
         for stem, items in itertools.groupby(sorted(plan.items, key=stem_of), stem_of):
             with safe_open(self.folder / f"{stem}.safetensors", "pt") as file:
@@ -266,7 +269,7 @@ def _runs(chunk: ChunkStorageMetadata, size: torch.Size) -> Iterator[tuple[int, 
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _pwrite(descriptor: int, content: memoryview, place: int) -> None:
@@ -275,7 +278,7 @@ def _pwrite(descriptor: int, content: memoryview, place: int) -> None:
         content, place = content[written:], place + written
 
 
-def _cause(error: dcp.CheckpointException) -> BaseException:
+def _cause(error: CheckpointException) -> BaseException:
     """What the first process that failed met."""
     rank, (cause, _) = min(error.failures.items())
     if len(error.failures) == 1 and rank > 0 and isinstance(cause, OSError | SafetensorError):

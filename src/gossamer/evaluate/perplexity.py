@@ -55,12 +55,17 @@ def evaluate(
     rows = min(stream.num_rows, math.ceil(tokens / stream.seq_len))
     starts = range(0, rows, batch_size)
     sums = torch.zeros(len(starts), 2, dtype=torch.float64, device=world.device)  # a batch's nats and tokens
-    for index in range(world.rank, len(starts), world.size):
+    passes = 0
+    for index in world.turns(len(starts)):
         inputs, targets = stream.batch(starts[index], min(batch_size, rows - starts[index]), None)
         for x, y in zip(inputs.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
             y = y.to(world.device)
             sums[index, 0] += token_loss(model, x.to(world.device), y)
             sums[index, 1] += (y != IGNORED).sum()
+            passes += 1
+    inputs, targets = stream.batch(0, 1, None)
+    for _ in range(world.most(passes) - passes):  # a sharded model's forward pass needs every process
+        token_loss(model, inputs.to(world.device), targets.to(world.device))
     nats, counts = world.sum(sums).cpu().unbind(1)
     model.train(was_training)
     means = nats / counts.clamp_min(1)
