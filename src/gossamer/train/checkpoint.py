@@ -23,6 +23,7 @@ from gossamer.layers import FactoredLinear, factored, weight
 from gossamer.optim import Optimizer
 from gossamer.optim.diagnostics import Diagnostics
 from gossamer.optim.optimizer import init_state
+from gossamer.train.config import Pretrain, check_resumable
 
 MANIFEST = "manifest.json"
 NEEDED = ("config.json", "model.safetensors", "random.safetensors", "training.json")
@@ -60,13 +61,12 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"))
 
     def save(
-        self, step: int, parts: Parts, training: dict[str, Any], describe: Callable[[Path], None], *, behind: bool
+        self, step: int, parts: Parts, training: dict[str, Any], save_tokenizer: Callable[[Path], None], *, behind: bool
     ) -> None:
         """Write the checkpoint of `step`, publish it, then delete those beyond `keep_last`. `settle` says when.
 
         Args:
             training: what is no tensor, as plain data.
-            describe: writes the model's configuration and the tokenizer into a folder.
             behind: return when the tensors are copied to the CPU, and do the rest beside the training.
 
         Raises:
@@ -80,7 +80,8 @@ class Checkpoints:
             with self._guard(step):
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir(parents=True)
-                describe(draft)
+                parts.model.config.save_pretrained(draft)  # pyright: ignore
+                save_tokenizer(draft)
                 (draft / "training.json").write_text(json.dumps({**training, "step": step, "groups": groups}, indent=2))
 
         self.world.from_main(begin)
@@ -113,6 +114,13 @@ class Checkpoints:
         with self._guard(step):
             wait()
         return step, self.folder / f"step-{step:08d}"
+
+    def settle_after(self, error: UserError) -> None:
+        """Wait for the save that is under way when a run ends by `error`; if it fails, too, both are one error."""
+        try:
+            self.settle()
+        except UserError as other:
+            raise UserError(f"{error}; {other}") from error
 
     @property
     def _weights(self) -> str:
@@ -190,6 +198,31 @@ class Checkpoints:
             raise UserError(f"resume: all {len(steps)} checkpoints in {self.folder} are damaged")
         return None
 
+    def open(
+        self, config: Pretrain[Any, Any, Any], data: str, say: Callable[[str], None]
+    ) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to go on from and what it says of its run; None to start afresh.
+
+        Args:
+            data: fingerprint of the training rows.
+
+        Raises:
+            UserError: there are checkpoints and the run is not to resume, or not this one, or on other data.
+        """
+        if not (config.resume or self.world.restarted):
+            if self.steps():
+                raise UserError(f"out: {config.out} holds the checkpoints of a run; add --resume, or use another --out")
+            return None
+        found = self.world.from_main(lambda: self.newest_sound(say))
+        say(f"resuming from {found}" if found else f"no checkpoint in {config.out}: from the start")
+        if found is None:
+            return None
+        training = json.loads((found / "training.json").read_text())
+        check_resumable(training["config"], config)
+        if training["data"] != data:
+            raise UserError(f"resume: the training data of {config.data.data} has changed since {found} was written")
+        return found, training
+
     def restore(self, path: Path, parts: Parts, training: dict[str, Any]) -> None:
         """Put a checkpoint's weights, optimizer state, diagnostics and random states where they were.
 
@@ -214,11 +247,6 @@ class Checkpoints:
                 kept.setdefault(owner, {})[key] = tensor
             parts.diagnostics.load_state_dict(kept)
         self.world.set_random_states(safetensors.torch.load_file(path / "random.safetensors"))
-
-
-def read_training(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of its run: step, seconds, tokens, data fingerprint, schedule, configuration."""
-    return json.loads((path / "training.json").read_text())
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +15,12 @@ from gossamer.distributed import World, local, start, stop, whole
 from gossamer.errors import UserError
 from gossamer.evaluate import Score, evaluate, token_loss
 from gossamer.memory import predict
-from gossamer.optim import Optimizer, param_groups
 from gossamer.optim.diagnostics import Diagnostics
 from gossamer.restarts import Restarter, in_words
 from gossamer.train import log as logs
-from gossamer.train.build import build
-from gossamer.train.checkpoint import Checkpoints, Parts, read_training
-from gossamer.train.config import Pretrain, check_resumable
+from gossamer.train.build import build, build_optimizer
+from gossamer.train.checkpoint import Checkpoints, Parts
+from gossamer.train.config import Pretrain
 from gossamer.train.stopping import Stopping
 
 
@@ -70,13 +68,7 @@ class Run:
         self.checkpoints = Checkpoints(config.out, config.keep_last, world, self.model)
         compiled: Any = torch.compile(self.model) if config.compile else self.model
         self.replica = world.parallel(compiled, config.parallel)
-        self.optimizer = Optimizer(
-            param_groups(self.model, config.method, fallback=config.fallback, fallback_lr=config.fallback_lr),
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            rounding=config.rounding,
-            seed=config.seed,
-        )
+        self.optimizer = build_optimizer(config, self.model)
         watch = config.diagnose, config.diagnose_every
         self.diagnostics = Diagnostics(self.optimizer, *watch) if config.diagnose else None
         restarts = config.restarts
@@ -115,10 +107,7 @@ class Run:
             self._settle()
             return self._end(score or self._score())
         except UserError as error:
-            try:
-                self._settle()
-            except UserError as other:
-                raise UserError(f"{error}; {other}") from error
+            self.checkpoints.settle_after(error)
             raise
         finally:
             self.display.close()
@@ -127,20 +116,9 @@ class Run:
 
     def _open(self) -> None:
         """Start afresh or from a checkpoint, and say what is about to run."""
-        config, world = self.config, self.world
-        resume = config.resume or world.restarted
-        found = world.from_main(lambda: self.checkpoints.newest_sound(self.display.say)) if resume else None
-        if resume:
-            self.display.say(f"resuming from {found}" if found else f"no checkpoint in {config.out}: from the start")
-        elif self.checkpoints.steps():
-            raise UserError(f"out: {config.out} holds the checkpoints of a run; add --resume, or use another --out")
-        if found is not None:
-            training = read_training(found)
-            check_resumable(training["config"], config)
-            if training["data"] != self.corpus.train.fingerprint:
-                raise UserError(
-                    f"resume: the training data of {config.data.data} has changed since {found} was written"
-                )
+        config, found, say = self.config, None, self.display.say
+        if (opened := self.checkpoints.open(config, self.corpus.train.fingerprint, say)) is not None:
+            found, training = opened
             self.checkpoints.restore(found, self.parts, training)
             self.scheduler.load_state_dict(training["scheduler"])
             self.done, self.seconds, self.tokens = training["step"], training["seconds"], training["tokens"]
@@ -148,9 +126,9 @@ class Run:
             if self.restarter is not None:
                 self.restarter.resume(self.done)
         if self.replaced:
-            self.display.say(f"{self.plain['layers']['name']} in place of {len(self.replaced)} layers")
-        self.display.say(f"validation: {self.corpus.valid_description}")
-        if not world.is_main:
+            say(f"{self.plain['layers']['name']} in place of {len(self.replaced)} layers")
+        say(f"validation: {self.corpus.valid_description}")
+        if not self.world.is_main:
             return
         since = self.done if found else None
         self.journal = logs.Journal(config.out, config.trackers, self.plain, resume_step=since)
@@ -170,10 +148,7 @@ class Run:
         )
 
     def _step(self) -> tuple[float, float, float, bool]:
-        """One optimizer step over `batch_size` rows.
-
-        Returns the mean loss, the gradient norm, the learning rate, and whether any process was asked to stop.
-        """
+        """One step over `batch_size` rows: mean loss, gradient norm, learning rate; whether a process is to stop."""
         config, world = self.config, self.world
         inputs, targets = self.corpus.train.batch(self.done * config.batch_size, config.batch_size, config.seed)
         count = int((targets != IGNORED).sum())  # of the whole batch, so that every token weighs the same
@@ -231,7 +206,7 @@ class Run:
 
     def _evaluate(self) -> Score:
         score = self._score()
-        self._say("eval", **_numbers(score), tokens=score.tokens, batches=score.batches)
+        self._say("eval", **score.numbers(), tokens=score.tokens, batches=score.batches)
         self.display.say(
             f"step {self.done}: validation perplexity {score.perplexity:.3f} over {score.tokens:,} tokens "
             f"(legacy {score.legacy_perplexity:.3f})"
@@ -242,21 +217,14 @@ class Run:
         if self.world.any(not all(bool(local(p).isfinite().all()) for p in self.model.parameters())):
             raise UserError(f"step {self.done}: a weight is not finite; not saved; {self.checkpoints.last_good()}")
         self._settle()
-        training = {
-            "seconds": self.seconds,
-            "tokens": self.tokens,
-            "skipped": self.skipped,
-            "data": self.corpus.train.fingerprint,
-            "scheduler": self.scheduler.state_dict(),
-            "config": self.plain,
-        }
-        self.checkpoints.save(self.done, self.parts, training, self._describe, behind=self.config.async_save)
+        counted = {"seconds": self.seconds, "tokens": self.tokens, "skipped": self.skipped}
+        made_by = {"data": self.corpus.train.fingerprint, "config": self.plain}
+        training = {**counted, **made_by, "scheduler": self.scheduler.state_dict()}
+        self.checkpoints.save(
+            self.done, self.parts, training, self.corpus.tokenizer.save, behind=self.config.async_save
+        )
         if not self.config.async_save:
             self._settle()
-
-    def _describe(self, folder: Path) -> None:
-        self.model.config.save_pretrained(folder)  # pyright: ignore
-        self.corpus.tokenizer.save(folder)
 
     def _settle(self) -> None:
         """Wait for the save that is under way."""
@@ -266,21 +234,10 @@ class Run:
 
     def _end(self, score: Score) -> Result:
         speed = self.tokens / self.seconds if self.seconds else 0.0
-        self._say(
-            "end",
-            seconds=self.seconds,
-            **_numbers(score),
-            eval_tokens=score.tokens,
-            train_tokens=self.tokens,
-            skipped=self.skipped,
-            tokens_per_second=speed,
-        )
+        counted = {"eval_tokens": score.tokens, "train_tokens": self.tokens, "skipped": self.skipped}
+        self._say("end", seconds=self.seconds, **score.numbers(), **counted, tokens_per_second=speed)
         return Result(score, self.seconds, speed)
 
     def _say(self, event: str, **fields: Any) -> None:
         if self.journal is not None:
             self.journal.write(event, self.done, **fields)
-
-
-def _numbers(score: Score) -> dict[str, float]:
-    return {"loss": score.loss, "perplexity": score.perplexity, "legacy_perplexity": score.legacy_perplexity}
