@@ -137,16 +137,16 @@ class World:
         if self.pulse is None:
             yield
             return
-        try:
-            with self.pulse:
+        with self.pulse:
+            try:
                 yield
-        except Exception as error:
-            # a collective raises RuntimeError when its peers are gone or late; then they know why, and not this process
-            reason = self.pulse.reason() if isinstance(error, RuntimeError) else None
-            self.pulse.leave(reason or f"process {self.rank} of {self.size}: {first_line(error)}")
-            if reason is None:
-                raise
-            raise UserError(reason) from error
+            except Exception as error:
+                # a collective raises RuntimeError when its peers are gone or late; then they know why, and not this one
+                reason = self.pulse.reason() if isinstance(error, RuntimeError) else None
+                self.pulse.leave(reason or f"process {self.rank} of {self.size}: {first_line(error)}")
+                if reason is None:
+                    raise
+                raise UserError(reason) from error
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:
