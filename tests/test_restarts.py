@@ -322,10 +322,6 @@ def assert_same_end(one: Path, other: Path, step: int) -> None:
     a, b = checkpoint(one, step), checkpoint(other, step)
     for file in a.glob("*.safetensors"):
         assert file.read_bytes() == (b / file.name).read_bytes(), file.name
-    states = [torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (a, b)]
-    assert states[0].keys() == states[1].keys()
-    for key, state in states[0].items():
-        assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
     kinds = ("train", "eval", "restart")
     assert events(one, *kinds) == events(other, *kinds)
 

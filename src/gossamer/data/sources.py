@@ -170,8 +170,8 @@ class Files(Source):
 class Hub(Source):
     """One split of a Hugging Face dataset (or of a local dataset folder), streamed. ``name`` is ``hf:REPO[:CONFIG]``.
 
-    The fingerprint holds the repository's commit (for a local folder the files' modification times), so that a new
-    revision is read anew; finding it out needs the network.
+    The fingerprint holds the repository's commit (for a local folder the files' digests), so that a new revision is
+    read anew; finding it out needs the network.
     """
 
     streamed = True
@@ -192,9 +192,10 @@ class Hub(Source):
             raise UserError(f"{name} has no {split} split; it has: {', '.join(self.splits) or 'none'}")
         self.name = name
         self.places = [name]
-        self.fingerprint = digest(
-            HUB, repo, config, split, text_field, list(map(str, files[split])), str(files[split].origin_metadata)
-        )
+        names = list(map(str, files[split]))
+        local = all(map(os.path.isfile, names))
+        version = list(map(file_digest, map(Path, names))) if local else str(files[split].origin_metadata)
+        self.fingerprint = digest(HUB, repo, config, split, text_field, names, version)
         self._split, self._text_field = split, text_field
 
     def describe(self) -> str:

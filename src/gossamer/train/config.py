@@ -22,7 +22,8 @@ L = TypeVar("L", bound=Parametrization | None)
 R = TypeVar("R", bound=Restarts | None)
 
 MAY_CHANGE_ON_RESUME = {"out", "resume", "checkpointing", "compile", "eval_every", "eval_tokens", "save_every",
-                        "keep_last", "trackers", "diagnose", "diagnose_every"}  # fmt: skip
+                        "keep_last", "trackers", "diagnose", "diagnose_every", "parallel", "timeout", "async_save",
+                        "on_nonfinite"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class Pretrain(Generic[M, L, R]):
     """How bf16 weights are written."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """How several processes share the work: each holds the whole model, or its rows of every parameter and state."""
+    timeout: float = 600.0
+    """Seconds after which a process that the others wait for counts as lost."""
     checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
     compile: bool = False
@@ -89,6 +94,10 @@ class Pretrain(Generic[M, L, R]):
     """Steps between checkpoints; 0 saves at the end only."""
     keep_last: int = 2
     """Checkpoints to keep."""
+    async_save: bool = False
+    """Write checkpoints beside the training, out of a copy in the CPU's memory."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or a gradient that is not finite does: stops the run, or makes it pass over that step."""
     diagnose: tuple[str, ...] = ()
     """Regular expressions of parameters' names: log how well their moments, updates and subspaces do."""
     diagnose_every: int = 10
@@ -104,7 +113,7 @@ class Pretrain(Generic[M, L, R]):
         for name in ("eval_every", "save_every", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}: {getattr(self, name)} is out of range; allowed: finite numbers >= 0")
-        for name in ("lr", "fallback_lr"):
+        for name in ("lr", "fallback_lr", "timeout"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name}: {value} is out of range; allowed: finite numbers > 0")
@@ -122,6 +131,9 @@ class Pretrain(Generic[M, L, R]):
             )
         if self.release_gradients and self.compile:
             raise UserError("release_gradients: a compiled model hands over all gradients at once; leave out --compile")
+        for name in ("compile", "diagnose"):
+            if self.parallel == "fsdp2" and getattr(self, name):
+                raise UserError(f"{name}: not with --parallel fsdp2, which shards the parameters; allowed: ddp")
         if self.layer_targets and self.layers is None:
             raise UserError("layer_targets: there are no layers to replace them by; add --layers")
         if isinstance(self.layers, ReLoRA | LORO) and (self.restarts is None or not self.restarts.refactorize):
@@ -144,14 +156,17 @@ class Pretrain(Generic[M, L, R]):
         return {**asdict(self), "out": str(self.out), "method": describe(self.method), "layers": layers}
 
 
-def check_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to continue a run under another configuration."""
+def check_resumable(saved: dict[str, Any], config: Pretrain[Any, Any, Any]) -> None:
+    """Refuse to continue a run under another configuration. What the run's version did not know has its default."""
+    now = config.to_json()
     was, is_ = saved["method"]["name"], now["method"]["name"]
     if was != is_:
         raise UserError(f"resume: the checkpoint was made by method {was!r}, this run asks for {is_!r}")
+    defaults = {part: type(getattr(config, part))() for part in ("method", "layers", "restarts", "fallback", "data")}
+    unsaid = _flatten(Pretrain(**defaults).to_json())
     before, after = _flatten(saved), _flatten(now)
     for key in before | after:
-        old, value = before.get(key), after.get(key)
+        old, value = before.get(key, unsaid.get(key)), after.get(key)
         if key.split(".")[0] not in MAY_CHANGE_ON_RESUME and old != value:
             raise UserError(f"resume: {key} was {old!r} in the checkpoint and is {value!r} now; use another --out")
 

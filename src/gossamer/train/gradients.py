@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gossamer.distributed import World
+from gossamer.distributed import World, whole
 from gossamer.errors import UserError
 from gossamer.optim import Optimizer, release_gradients
 from gossamer.train.config import Pretrain
@@ -28,7 +28,7 @@ class Held:
     def norm(self) -> float:
         """Of all of them, before they are clipped, which this does."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        return float(nn.utils.clip_grad_norm_(parameters, self.clip or math.inf))
+        return float(whole(nn.utils.clip_grad_norm_(parameters, self.clip or math.inf)))
 
 
 class Released:

@@ -128,6 +128,25 @@ def _tensorboard(folder: Path, config: dict[str, Any]) -> Tracker:
 _TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard}
 
 
+class Journal:
+    """What a run's main process writes down: its log, and the numbers that trackers get."""
+
+    def __init__(
+        self, folder: Path, trackers: Sequence[str], config: dict[str, Any], *, resume_step: int | None
+    ) -> None:
+        self._log = RunLog(folder, resume_step=resume_step)
+        self._trackers = start_trackers(trackers, folder, config)
+
+    def write(self, event: str, step: int, **fields: Any) -> None:
+        self._log.write(event, step=step, **fields)
+        numbers = {f"{event}/{key}": float(v) for key, v in fields.items() if isinstance(v, (int, float))}
+        for tracker in self._trackers:
+            tracker(step, numbers)
+
+    def close(self) -> None:
+        self._log.close()
+
+
 def what_runs(memory: Memory) -> dict[str, Any]:
     """The start event's facts that are not the run's own choice: time, machine, libraries, sizes."""
     return {
