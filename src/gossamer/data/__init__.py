@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from gossamer.data.batch import IGNORED, Batch
 from gossamer.data.config import DataConfig
 from gossamer.data.shards import Budget, Shards, open_shards
 from gossamer.data.sources import HeldOut, Source, open_sources
-from gossamer.data.stream import IGNORED, TokenStream
+from gossamer.data.stream import TokenStream
 from gossamer.data.tokenizers import Tokenizer, open_tokenizer
 from gossamer.errors import UserError
 
-__all__ = ["IGNORED", "Corpus", "DataConfig", "TokenStream", "Tokenizer", "open_corpus"]
+__all__ = ["IGNORED", "Batch", "Corpus", "DataConfig", "TokenStream", "Tokenizer", "open_corpus"]
 
 STREAMED_VALIDATION_TOKENS = 10_000_000
 """How much is read of a streamed validation split: as much as the GaLore paper evaluates on."""

@@ -1,45 +1,49 @@
-"""Pre-training, readable in one sitting: build everything, step, look now and then, save."""
+"""Training, readable in one sitting: build everything, step, look now and then, save."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
-from gossamer.data import IGNORED, open_corpus
 from gossamer.distributed import World, start, stop
 from gossamer.errors import UserError
-from gossamer.evaluate import Score, evaluate, token_loss
 from gossamer.memory import predict
 from gossamer.optim import Optimizer, param_groups
 from gossamer.optim.diagnostics import Diagnostics
 from gossamer.restarts import Restarter, in_words
 from gossamer.train import log as logs
-from gossamer.train.build import build
 from gossamer.train.checkpoint import Checkpoints, read_training, restore
-from gossamer.train.config import Pretrain, check_resumable
+from gossamer.train.config import Training, check_resumable
+from gossamer.train.job import Job, Outcome
+
+S = TypeVar("S", bound=Outcome)
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Generic[S]):
     """How a run ended."""
 
-    score: Score
+    score: S
     seconds: float
     tokens_per_second: float
 
 
-def pretrain(config: Pretrain[Any, Any, Any], *, label: str | None = None, quiet: bool = False) -> Result:
-    """Train the model that `config` describes and evaluate it; log and checkpoints go to `config.out`.
+def train(
+    config: Training[Any, Any], make_job: Callable[[World], Job], *, label: str | None = None, quiet: bool = False
+) -> Result[Any]:
+    """Train the model of a job and evaluate it; log and checkpoints go to `config.out`.
 
     Under `torchrun` every process calls this. A run that was killed at any moment continues with `resume=True`; on a
     CPU it then ends with the same bits as one that was not.
 
     Args:
+        make_job: what is trained, on what, towards what; made once this process knows its device.
         label: what the report calls the run. quiet: print nothing.
 
     Raises:
@@ -47,7 +51,7 @@ def pretrain(config: Pretrain[Any, Any, Any], *, label: str | None = None, quiet
     """
     world = start(config.device)
     try:
-        return Run(config, world, label or config.out.name, quiet).train()
+        return Run(config, make_job, world, label or config.out.name, quiet).train()
     finally:
         stop()
 
@@ -55,12 +59,14 @@ def pretrain(config: Pretrain[Any, Any, Any], *, label: str | None = None, quiet
 class Run:
     """Everything that a run holds; `train` is the loop."""
 
-    def __init__(self, config: Pretrain[Any, Any, Any], world: World, label: str, quiet: bool) -> None:
+    def __init__(
+        self, config: Training[Any, Any], make_job: Callable[[World], Job], world: World, label: str, quiet: bool
+    ) -> None:
         self.config, self.world, self.label = config, world, label
         self.plain = config.to_json()
         torch.manual_seed(config.seed)  # for models with dropout; nothing of ours draws from the global state
-        self.corpus = open_corpus(config.data, train_tokens=config.steps * config.batch_size * config.data.seq_len)
-        self.model, self.replaced = build(config, self.corpus.tokenizer.vocab_size, world.device)
+        self.job = make_job(world)
+        self.model = self.job.model
         self.replica = world.parallel(torch.compile(self.model) if config.compile else self.model)  # pyright: ignore
         self.optimizer = Optimizer(
             param_groups(self.model, config.method, fallback=config.fallback, fallback_lr=config.fallback_lr),
@@ -82,7 +88,7 @@ class Run:
         self.log: logs.RunLog | None = None
         self.trackers: list[logs.Tracker] = []
 
-    def train(self) -> Result:
+    def train(self) -> Result[Any]:
         config = self.config
         try:
             self._open()
@@ -119,18 +125,15 @@ class Run:
         if found is not None:
             training = read_training(found)
             check_resumable(training["config"], self.plain)
-            if training["data"] != self.corpus.train.fingerprint:
-                raise UserError(
-                    f"resume: the training data of {config.data.data} has changed since {found} was written"
-                )
+            if training["data"] != self.job.fingerprint:
+                raise UserError(f"resume: the training data of {self.job.source} has changed since {found} was written")
             restore(found, self.model, self.optimizer, self.diagnostics, self.world.device)
             self.scheduler.load_state_dict(training["scheduler"])
             self.done, self.seconds, self.tokens = training["step"], training["seconds"], training["tokens"]
             if self.restarter is not None:
                 self.restarter.resume(self.done)
-        if self.replaced:
-            self.display.say(f"{self.plain['layers']['name']} in place of {len(self.replaced)} layers")
-        self.display.say(f"validation: {self.corpus.valid_description}")
+        for line in self.job.introduction:
+            self.display.say(line)
         if not self.world.is_main:
             return
         self.log = logs.RunLog(config.out, resume_step=self.done if found else None)
@@ -144,22 +147,22 @@ class Run:
             label=self.label,
             method=self.plain["method"]["name"],
             config=self.plain,
-            data=self.corpus.description,
+            data=self.job.description,
             plan=[asdict(row) for row in self.optimizer.plan()],
-            replaced=self.replaced,
+            replaced=self.job.replaced,
             diagnosed=self.diagnostics.watched() if self.diagnostics else [],
         )
 
     def _step(self) -> tuple[float, float, float]:
         """One optimizer step over `batch_size` rows; returns the mean loss, the gradient norm and the learning rate."""
         config, world = self.config, self.world
-        inputs, targets = self.corpus.train.batch(self.done * config.batch_size, config.batch_size, config.seed)
-        count = int((targets != IGNORED).sum())  # of the whole batch, so that every token weighs the same
-        x, y = inputs[self.rows].split(self.micro), targets[self.rows].split(self.micro)
+        batch = self.job.batch(self.done * config.batch_size, config.batch_size, config.seed)
+        count = batch.count  # of the whole batch, so that every target weighs the same
+        parts = batch.rows(self.rows).split(self.micro)
         nats = torch.zeros((), device=world.device)
-        for i in range(len(x)):
-            with world.accumulating(self.replica, last=i == len(x) - 1):
-                part = token_loss(self.replica, x[i].to(world.device), y[i].to(world.device))
+        for i in range(len(parts)):
+            with world.accumulating(self.replica, last=i == len(parts) - 1):
+                part = self.job.loss(self.replica, parts[i].to(world.device))
                 (part * (world.size / count)).backward()
             nats += part.detach()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -174,7 +177,7 @@ class Run:
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.done += 1
-        self.tokens += count
+        self.tokens += batch.tokens
         return loss, norm, lr
 
     def _restart(self, restarter: Restarter) -> None:
@@ -182,23 +185,13 @@ class Run:
             self._say("restart", **event)
             self.display.say(f"step {self.done}: restart: {in_words(event)}")
 
-    def _score(self) -> Score:
-        return evaluate(
-            self.model,
-            self.corpus.valid,
-            tokens=self.config.eval_tokens,
-            batch_size=self.config.batch_size,
-            micro_batch_size=self.micro,
-            world=self.world,
-        )
+    def _score(self) -> Outcome:
+        return self.job.evaluate(self.config.batch_size, self.micro, self.world)
 
-    def _evaluate(self) -> Score:
+    def _evaluate(self) -> Outcome:
         score = self._score()
-        self._say("eval", **_numbers(score), tokens=score.tokens, batches=score.batches)
-        self.display.say(
-            f"step {self.done}: validation perplexity {score.perplexity:.3f} over {score.tokens:,} tokens "
-            f"(legacy {score.legacy_perplexity:.3f})"
-        )
+        self._say("eval", **score.numbers(), tokens=score.tokens, batches=score.batches)
+        self.display.say(f"step {self.done}: validation {score}")
         return score
 
     def _save(self) -> None:
@@ -210,21 +203,21 @@ class Run:
                 "step": self.done,
                 "seconds": self.seconds,
                 "tokens": self.tokens,
-                "data": self.corpus.train.fingerprint,
+                "data": self.job.fingerprint,
                 "scheduler": self.scheduler.state_dict(),
                 "config": self.plain,
             }
             parts = self.model, self.optimizer, self.diagnostics
-            path = self.checkpoints.save(self.done, *parts, training, self.corpus.tokenizer.save)
+            path = self.checkpoints.save(self.done, *parts, training, self.job.save_tokenizer)
             self._say("checkpoint", path=str(path))
         self.world.wait()
 
-    def _end(self, score: Score) -> Result:
+    def _end(self, score: Outcome) -> Result[Any]:
         speed = self.tokens / self.seconds if self.seconds else 0.0
         self._say(
             "end",
             seconds=self.seconds,
-            **_numbers(score),
+            **score.numbers(),
             eval_tokens=score.tokens,
             train_tokens=self.tokens,
             tokens_per_second=speed,
@@ -238,7 +231,3 @@ class Run:
         numbers = {f"{event}/{key}": float(v) for key, v in fields.items() if isinstance(v, (int, float))}
         for tracker in self.trackers:
             tracker(self.done, numbers)
-
-
-def _numbers(score: Score) -> dict[str, float]:
-    return {"loss": score.loss, "perplexity": score.perplexity, "legacy_perplexity": score.legacy_perplexity}
