@@ -26,7 +26,7 @@ from gossamer.models import resolve_config
 from gossamer.optim.contract import Method, entry_of, find, methods
 from gossamer.optim.optimizer import num_bytes
 from gossamer.restarts import Restarts
-from gossamer.train import Pretrain, pretrain
+from gossamer.train import Finetune, Pretrain, finetune, pretrain
 
 M = TypeVar("M", bound=Method)
 L = TypeVar("L", bound=Parametrization | None)
@@ -75,6 +75,12 @@ class MethodsOptions:
 def run_pretrain(argv: list[str]) -> None:
     options = _parse_with_parts(Pretrain, "pretrain", argv)
     pretrain(options)
+    print(f"{options.out / 'log.jsonl'}")
+
+
+def run_finetune(argv: list[str]) -> None:
+    options = _parse_with_parts(Finetune, "finetune", argv)
+    finetune(options)
     print(f"{options.out / 'log.jsonl'}")
 
 
@@ -211,6 +217,7 @@ def run_methods(argv: list[str]) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "pretrain": (run_pretrain, "train a causal language model from scratch"),
+    "finetune": (run_finetune, "train a model that is there on prompts and answers, or on labels"),
     "bench": (run_bench, "train every method on the same data and compare them; bench step: time their steps"),
     "report": (run_report, "make the page of runs that are there"),
     "memory": (run_memory, "predict what training takes"),
@@ -249,7 +256,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parse_with_parts(options: Any, command: str, argv: list[str]) -> Any:
     """Parse, after the parts that decide which options there are: `--method`, `--layers`, any `--restarts.*`."""
     method_name, argv = _take("method", argv)
-    layers_name, argv = _take("layers", argv)
+    has_layers = "layers" in options.__dataclass_fields__
+    layers_name, argv = _take("layers", argv) if has_layers else (None, argv)
     if method_name == "":
         raise UserError(f"method: no name given; known: {', '.join(methods())}")
     if layers_name == "":
@@ -266,11 +274,10 @@ def _parse_with_parts(options: Any, command: str, argv: list[str]) -> Any:
         "restarts": Restarts() if any(word.startswith("--restarts.") for word in argv) else None,
     }
     wanted = {name: part for name, part in parts.items() if name in options.__dataclass_fields__}
-    hint = (
-        f"--method NAME is one of {', '.join(methods())} (default: {DEFAULT_METHOD}, adamw with --layers) and brings "
-        "--method.* options. "
-        f"--layers NAME is one of {', '.join(PARAMETRIZATIONS)} (default: none) and brings --layers.*."
-    )
+    default = DEFAULT_METHOD + ", adamw with --layers" * has_layers
+    hint = f"--method NAME is one of {', '.join(methods())} (default: {default}) and brings --method.* options."
+    if has_layers:
+        hint += f" --layers NAME is one of {', '.join(PARAMETRIZATIONS)} (default: none) and brings --layers.*."
     if "restarts" in wanted:
         hint += " --restarts.every N turns restarts on and brings --restarts.* (reset, scope, no-refactorize, ...)."
     return _parse(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import UserError, matching, nearest
+from gossamer.layers.adapters import has_adapters, merged_state_dict
 from gossamer.layers.contract import FactoredLinear, Parametrization, merge, weight
 from gossamer.optim.contract import hash63
 from gossamer.optim.groups import hidden_linears
@@ -90,13 +91,18 @@ def merge_all(model: nn.Module) -> list[str]:
     return list(layers)
 
 
+def is_dense(model: nn.Module) -> bool:
+    """Whether the weights that are trained are those of the plain model: no low-rank layers, no adapters."""
+    return not any(factored(model)) and not has_adapters(model)
+
+
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state of the dense model that `model` stands for, as the plain class of the model loads it.
 
     model.save_pretrained(folder, state_dict=layers.dense_state_dict(model))
     """
     _check_model(model)
-    state = dict(model.state_dict())
+    state = merged_state_dict(model)
     everywhere = model.named_modules(remove_duplicate=False)  # a layer in two places has two names
     for name, module in [(n, m) for n, m in everywhere if isinstance(m, FactoredLinear)]:
         for key in module.state_dict():

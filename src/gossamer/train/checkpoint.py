@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gossamer.errors import UserError, first_line
-from gossamer.layers import dense_state_dict, factored
+from gossamer.layers import dense_state_dict, is_dense
 from gossamer.optim.diagnostics import Diagnostics
 
 MANIFEST, LAYERS = "manifest.json", "layers.safetensors"
@@ -27,9 +27,10 @@ class Checkpoints:
     """The folder `<run>/checkpoints`: one folder a step, each published by a rename once all its bytes are on disk.
 
     A checkpoint holds `model.safetensors` and `config.json` (which `transformers` loads), `layers.safetensors` if some
-    layers are low-rank (the weights as they are trained; `model.safetensors` is dense then), the tokenizer's files,
-    `optimizer.pt` (tensors and plain data: loads with `weights_only=True`), `diagnostics.pt` likewise if there are any,
-    `training.json` (step, configuration, schedule), the random states, and a manifest with the digest of every file.
+    layers are low-rank or have adapters (the weights as they are trained; `model.safetensors` is dense then), the
+    tokenizer's files, `optimizer.pt` (tensors and plain data: loads with `weights_only=True`), `diagnostics.pt`
+    likewise if there are any, `training.json` (step, configuration, schedule), the random states, and a manifest with
+    the digest of every file.
     """
 
     def __init__(self, folder: Path, keep_last: int) -> None:
@@ -57,7 +58,7 @@ class Checkpoints:
         try:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-            if any(factored(model)):  # `transformers` loads the dense model that it stands for
+            if not is_dense(model):  # `transformers` loads the dense model that it stands for
                 with _no_progress_bar():
                     model.save_pretrained(draft, state_dict=dense_state_dict(model))  # pyright: ignore
                 safetensors.torch.save_model(model, str(draft / LAYERS))

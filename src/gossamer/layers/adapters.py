@@ -1,0 +1,95 @@
+"""LoRA and DoRA beside the weights of a trained model, through `peft`; to a method they are matrices like others."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import UserError, matching
+from gossamer.optim.groups import hidden_linears
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Thin matrices beside frozen weights."""
+
+    kind: Literal["lora", "dora"] | None = None
+    """None: every weight is trained."""
+    rank: int = 8
+    """Of the adapters."""
+    alpha: float = 16.0
+    """The adapters' product is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Of the adapters' inputs."""
+    targets: tuple[str, ...] = ()
+    """Regular expressions of linear layers' names; none: every hidden one."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise UserError(
+                f"adapter: rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}; "
+                "allowed: rank >= 1, alpha > 0, 0 <= dropout < 1"
+            )
+
+
+def adapt(model: nn.Module, adapter: Adapter, *, seed: int = 0) -> list[str]:
+    """Freeze `model` and put adapters beside its linear layers, in place; returns the layers' names.
+
+    The global random state is left as it was.
+
+    Raises:
+        UserError: `peft` is not installed, a target that matches no hidden linear layer.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError("adapter: peft is not installed; pip install 'gossamer[finetune]'") from error
+    linears = [name for name, _ in hidden_linears(model)]
+    for pattern in adapter.targets:
+        if not matching(pattern, linears, "adapter.targets"):
+            raise UserError(f"adapter.targets: {pattern!r} matches no hidden linear layer")
+    chosen = [
+        name for name in linears
+        if not adapter.targets or any(matching(pattern, [name], "adapter.targets") for pattern in adapter.targets)
+    ]  # fmt: skip
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=adapter.dropout,
+        use_dora=adapter.kind == "dora",
+        target_modules=chosen,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model)
+    return chosen
+
+
+def _adapted(model: nn.Module) -> dict[str, Any]:
+    """Every layer with an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A") and _is_peft(module)}
+
+
+def _is_peft(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("peft.")
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return bool(_adapted(model))
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the model without adapters that `model` stands for; `model` is left as it is."""
+    state = dict(model.state_dict())
+    for name, module in _adapted(model).items():
+        own = [key for key in state if key.startswith(f"{name}.")]
+        whole = copy.deepcopy(module)
+        whole.merge()
+        for key in own:
+            del state[key]
+        state |= {f"{name}.{key}": value for key, value in whole.base_layer.state_dict().items()}
+    return state
