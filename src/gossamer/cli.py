@@ -17,7 +17,18 @@ from rich.console import Console
 from rich.table import Table
 
 import gossamer
-from gossamer.bench import Bench, StepBench, bench, bench_step, step_table, summary_table, write_page, write_report
+from gossamer.bench import (
+    Bench,
+    Evaluate,
+    StepBench,
+    bench,
+    bench_step,
+    evaluate_model,
+    step_table,
+    summary_table,
+    write_page,
+    write_report,
+)
 from gossamer.errors import UserError, nearest
 from gossamer.evaluate import token_loss
 from gossamer.layers import PARAMETRIZATIONS, Parametrization, name_of
@@ -82,6 +93,13 @@ def run_finetune(argv: list[str]) -> None:
     options = _parse_with_parts(Finetune, "finetune", argv)
     finetune(options)
     print(f"{options.out / 'log.jsonl'}")
+
+
+def run_eval(argv: list[str]) -> None:
+    options = _parse(Evaluate, "eval", argv)
+    row = evaluate_model(options)
+    print(f"{options.task}: " + ", ".join(f"{name} {value:.4f}" for name, value in row["scores"].items()))
+    print(f"{options.out / (row['samples'] or 'results.jsonl')}")
 
 
 def run_bench(argv: list[str]) -> None:
@@ -218,6 +236,7 @@ def run_methods(argv: list[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "pretrain": (run_pretrain, "train a causal language model from scratch"),
     "finetune": (run_finetune, "train a model that is there on prompts and answers, or on labels"),
+    "eval": (run_eval, "score a model: perplexity, GSM8K, MATH-500, HumanEval, MBPP, GLUE, lm-eval's tasks"),
     "bench": (run_bench, "train every method on the same data and compare them; bench step: time their steps"),
     "report": (run_report, "make the page of runs that are there"),
     "memory": (run_memory, "predict what training takes"),

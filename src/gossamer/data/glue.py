@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ class Labelled:
     fingerprint: str
     texts: list[tuple[str, ...]]
     labels: list[float]
+
+    def first(self, count: int | None) -> Labelled:
+        """The first `count` of them; None: all."""
+        return replace(self, texts=self.texts[:count], labels=self.labels[:count])
 
 
 def glue_task(name: str) -> GlueTask:
@@ -154,7 +158,13 @@ def _label(record: Record, value: str, task: GlueTask, words: bool) -> float:
 class LabelledRows:
     """Tokenised sentences or pairs, a row each; those longer than `max_length` are cut, and counted."""
 
-    def __init__(self, data: Labelled, tokenizer: Any, max_length: int, regression: bool, pad_id: int):
+    def __init__(self, data: Labelled, tokenizer: Any, max_length: int, regression: bool):
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if pad_id is None:
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path} has neither a padding token nor an end-of-text token"
+            )
+        self.pad_id = pad_id
         self.name, self.num_rows, self._regression = data.name, len(data.texts), regression
         pair: Sequence[list[str]] = [list(column) for column in zip(*data.texts, strict=True)]
         encoded = tokenizer(*pair, truncation=True, max_length=max_length, return_attention_mask=False)

@@ -97,12 +97,17 @@ def load_model(
     return model.to(device).eval()
 
 
-def _check_head(folder: Path, labels: int) -> None:
+def head_width(folder: Path) -> int | None:
+    """Outputs of the classification head that a folder holds; None: it holds none."""
     config = json.loads((folder / "config.json").read_text())
     if not any("SequenceClassification" in name for name in config.get("architectures") or ()):
-        return
-    width = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
-    if width != labels:
+        return None
+    return len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+
+
+def _check_head(folder: Path, labels: int) -> None:
+    width = head_width(folder)
+    if width is not None and width != labels:
         raise UserError(f"model: the classification head of {folder} has {width} outputs, but the task needs {labels}")
 
 

@@ -106,14 +106,10 @@ def prepare(config: Finetune[Any, Any]) -> Material:
         rows, source = (data.train, data.valid), data.name
         return Material(folder, tokenizer, *rows, source, data.fingerprint, data.counts, data.summary, None)
     task, opened = glue_task(config.data.task), []
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if pad_id is None:
-        raise UserError(f"the tokenizer of {folder} has neither a padding token nor an end-of-text token")
     for part, place in (("train", config.data.data), ("dev", config.data.valid or config.data.data)):
         labelled = read_glue(config.data.task, place, part)
         most = config.data.examples if part == "train" else config.data.valid_examples
-        first = replace(labelled, texts=labelled.texts[:most], labels=labelled.labels[:most])
-        opened.append(LabelledRows(first, tokenizer, length, not task.labels, pad_id))
+        opened.append(LabelledRows(labelled.first(most), tokenizer, length, not task.labels))
     counts = {
         part: {"source": rows.name, "fingerprint": rows.fingerprint, "examples": rows.num_rows, "cut": rows.num_cut}
         for part, rows in zip(("train", "valid"), opened, strict=True)
@@ -203,7 +199,7 @@ class Labels(_Tuning):
     def __init__(self, config: Finetune[Any, Any], material: Material, world: World) -> None:
         super().__init__(config, material, world)
         if self.model.config.pad_token_id is None:  # by which a causal model finds the last token of a row
-            self.model.config.pad_token_id = material.tokenizer.pad_token_id or material.tokenizer.eos_token_id
+            self.model.config.pad_token_id = material.train.pad_id
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         with self._config.computing(batch.targets.device):
