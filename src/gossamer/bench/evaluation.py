@@ -73,7 +73,7 @@ class Evaluate:
     num_fewshot: int | None = None
     """Of lm-eval: examples before each question; None: as the task says."""
     tasks_folder: Path | None = None
-    """Of lm-eval: a folder with YAML files of one's own tasks."""
+    """Of lm-eval: a folder with YAML files of one's own tasks, in place of the library's."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size", "limit", "seq_len", "max_length"):

@@ -35,7 +35,7 @@ def run_harness(
     """Score `model` on tasks by their names.
 
     Args:
-        folder: of one's own tasks' YAML files; None: the library's tasks alone.
+        folder: of one's own tasks' YAML files; None: the library's tasks.
         num_fewshot: examples before each question; None: as the task says.
 
     Raises:
@@ -47,7 +47,7 @@ def run_harness(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError("lm-eval is not installed; pip install 'gossamer[eval]'") from error
-    manager = TaskManager(include_path=str(folder) if folder else None)
+    manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
     for name in tasks:
         if name not in manager.all_tasks:
             raise UserError(f"task: lm-eval knows no {name!r}{nearest(name, manager.all_tasks)}")

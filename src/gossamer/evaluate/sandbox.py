@@ -101,7 +101,7 @@ def execute(program: str, *, seconds: int = 20, memory: int = 4 * 2**30, file_si
             child.wait()
         # what outlives its parent may hold the other end open: read what is there, wait for nothing
         os.set_blocking(listen, False)
-        with open(listen, "rb", buffering=0) as said:
+        with open(listen, "rb", buffering=0) as said:  # noqa: PTH123
             passed = code == 0 and said.read(len(word)) == word.encode()
         tail = output.read_bytes()[-_TAIL:].decode("utf-8", "replace")
     if code is None:
