@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gossamer.data import open_text
+from gossamer.data.cache import digest, file_digest
 from gossamer.data.config import Template
 from gossamer.data.glue import LabelledRows, glue_task, read_glue
 from gossamer.data.instructions import prompt_ids, render
@@ -30,7 +31,7 @@ from gossamer.evaluate.generation import generate
 from gossamer.evaluate.harness import run_harness
 from gossamer.evaluate.labels import predict_labels, score_labels
 from gossamer.evaluate.sandbox import isolation
-from gossamer.models import digest_of, head_width, load_model, load_tokenizer, locate
+from gossamer.models import PARTS, head_width, load_model, load_tokenizer, locate
 from gossamer.train.log import commit, hardware, versions
 
 HARNESS = "lm-eval:"
@@ -103,7 +104,7 @@ def evaluate_model(options: Evaluate, *, quiet: bool = False) -> dict[str, Any]:
     try:
         folder = locate(options.model)
         found = run(options, folder, world, quiet)
-        digest = digest_of(folder)
+        model_digest = _digest_of(folder)
     finally:
         stop()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,7 @@ def evaluate_model(options: Evaluate, *, quiet: bool = False) -> dict[str, Any]:
         **found.counts,
         "samples": samples.name if found.samples else None,
         "model": options.model,
-        "model_digest": digest,
+        "model_digest": model_digest,
         "settings": {**asdict(options), "out": str(options.out), "tasks_folder": str(options.tasks_folder)},
         "versions": versions(),
         "hardware": hardware(),
@@ -128,6 +129,12 @@ def evaluate_model(options: Evaluate, *, quiet: bool = False) -> dict[str, Any]:
     with (options.out / "results.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     return row
+
+
+def _digest_of(folder: Path) -> str:
+    """32 hex digits that stand for a model's configuration, tokenizer and weights."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and any(map(path.match, PARTS)))
+    return digest("model", [(path.name, file_digest(path)) for path in files])
 
 
 def _task(options: Evaluate) -> Callable[[Evaluate, Path, World, bool], _Found]:

@@ -13,7 +13,7 @@ from gossamer.errors import UserError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_PARTS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+PARTS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """What is fetched of a hub repository: no weights in other formats, which hold code."""
 
 
@@ -35,7 +35,7 @@ def locate(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_PARTS))
+        return Path(snapshot_download(model, allow_patterns=PARTS))
     except Exception as error:  # errors of the hub, of the network and of names have no common class
         raise UserError(
             f"model: {model!r} is no folder, and the Hugging Face hub does not give it: {first_line(error)[:200]}"
@@ -115,11 +115,3 @@ def new_parts(model: PreTrainedModel) -> list[str]:
     """Names of the parameters that stand on top of the model's body: its head."""
     body = model.base_model_prefix + "."
     return [name for name, _ in model.named_parameters() if not name.startswith(body)]
-
-
-def digest_of(folder: Path) -> str:
-    """32 hex digits that stand for a folder's configuration, tokenizer and weights."""
-    from gossamer.data.cache import digest, file_digest
-
-    files = sorted(path for path in folder.iterdir() if path.is_file() and any(map(path.match, _PARTS)))
-    return digest("model", [(path.name, file_digest(path)) for path in files])
