@@ -31,10 +31,13 @@ from gossamer.evaluate.generation import generate
 from gossamer.evaluate.harness import run_harness
 from gossamer.evaluate.labels import predict_labels, score_labels
 from gossamer.evaluate.sandbox import isolation
-from gossamer.models import PARTS, head_width, load_model, load_tokenizer, locate
+from gossamer.models import head_width, load_model, load_tokenizer, locate
 from gossamer.train.log import commit, hardware, versions
 
 HARNESS = "lm-eval:"
+_MODEL_FILES = ("config.json", "generation_config.json", "token*", "special_tokens*", "vocab*", "merges.txt", "*.model",
+                "*.jinja", "model*.safetensors", "model*.json")  # fmt: skip
+"""What decides a model's answers, and nothing of how it was trained."""
 Samples = list[dict[str, Any]]
 
 
@@ -133,7 +136,7 @@ def evaluate_model(options: Evaluate, *, quiet: bool = False) -> dict[str, Any]:
 
 def _digest_of(folder: Path) -> str:
     """32 hex digits that stand for a model's configuration, tokenizer and weights."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and any(map(path.match, PARTS)))
+    files = sorted(path for path in folder.iterdir() if path.is_file() and any(map(path.match, _MODEL_FILES)))
     return digest("model", [(path.name, file_digest(path)) for path in files])
 
 

@@ -166,7 +166,9 @@ class LabelledRows:
             )
         self.pad_id = pad_id
         self.name, self.num_rows, self._regression = data.name, len(data.texts), regression
-        pair: Sequence[list[str]] = [list(column) for column in zip(*data.texts, strict=True)]
+        # a tokenizer that has no mark between two sentences is given one text of two lines
+        texts = data.texts if tokenizer.sep_token_id is not None else [("\n".join(text),) for text in data.texts]
+        pair: Sequence[list[str]] = [list(column) for column in zip(*texts, strict=True)]
         encoded = tokenizer(*pair, truncation=True, max_length=max_length, return_attention_mask=False)
         whole = tokenizer(*pair, return_attention_mask=False, verbose=False)["input_ids"]
         self.num_cut = sum(len(ids) > max_length for ids in whole)

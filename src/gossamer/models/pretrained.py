@@ -13,7 +13,7 @@ from gossamer.errors import UserError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PARTS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_PARTS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """What is fetched of a hub repository: no weights in other formats, which hold code."""
 
 
@@ -35,7 +35,7 @@ def locate(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=PARTS))
+        return Path(snapshot_download(model, allow_patterns=_PARTS))
     except Exception as error:  # errors of the hub, of the network and of names have no common class
         raise UserError(
             f"model: {model!r} is no folder, and the Hugging Face hub does not give it: {first_line(error)[:200]}"
