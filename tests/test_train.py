@@ -36,7 +36,7 @@ from gossamer.train.checkpoint import MANIFEST
 from gossamer.train.log import RunLog
 
 Event = dict[str, Any]
-LOSS = "gossamer.train.loop.token_loss"
+LOSS = "gossamer.train.pretraining.token_loss"
 CHILD = Path(__file__).parent / "cli" / "child.py"
 
 # Its children begin with everything imported, so that one that has to die costs no five seconds.

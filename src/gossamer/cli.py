@@ -17,7 +17,18 @@ from rich.console import Console
 from rich.table import Table
 
 import gossamer
-from gossamer.bench import Bench, StepBench, bench, bench_step, step_table, summary_table, write_page, write_report
+from gossamer.bench import (
+    Bench,
+    Evaluate,
+    StepBench,
+    bench,
+    bench_step,
+    evaluate_model,
+    step_table,
+    summary_table,
+    write_page,
+    write_report,
+)
 from gossamer.errors import UserError, nearest
 from gossamer.evaluate import token_loss
 from gossamer.layers import PARAMETRIZATIONS, Parametrization, name_of
@@ -26,7 +37,7 @@ from gossamer.models import resolve_config
 from gossamer.optim.contract import Method, entry_of, find, methods
 from gossamer.optim.optimizer import num_bytes
 from gossamer.restarts import Restarts
-from gossamer.train import Pretrain, pretrain
+from gossamer.train import Finetune, Pretrain, finetune, pretrain
 
 M = TypeVar("M", bound=Method)
 L = TypeVar("L", bound=Parametrization | None)
@@ -76,6 +87,19 @@ def run_pretrain(argv: list[str]) -> None:
     options = _parse_with_parts(Pretrain, "pretrain", argv)
     pretrain(options)
     print(f"{options.out / 'log.jsonl'}")
+
+
+def run_finetune(argv: list[str]) -> None:
+    options = _parse_with_parts(Finetune, "finetune", argv)
+    finetune(options)
+    print(f"{options.out / 'log.jsonl'}")
+
+
+def run_eval(argv: list[str]) -> None:
+    options = _parse(Evaluate, "eval", argv)
+    row = evaluate_model(options)
+    print(f"{options.task}: " + ", ".join(f"{name} {value:.4f}" for name, value in row["scores"].items()))
+    print(f"{options.out / (row['samples'] or 'results.jsonl')}")
 
 
 def run_bench(argv: list[str]) -> None:
@@ -211,6 +235,8 @@ def run_methods(argv: list[str]) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "pretrain": (run_pretrain, "train a causal language model from scratch"),
+    "finetune": (run_finetune, "train a model that is there on prompts and answers, or on labels"),
+    "eval": (run_eval, "score a model: perplexity, GSM8K, MATH-500, HumanEval, MBPP, GLUE, lm-eval's tasks"),
     "bench": (run_bench, "train every method on the same data and compare them; bench step: time their steps"),
     "report": (run_report, "make the page of runs that are there"),
     "memory": (run_memory, "predict what training takes"),
@@ -249,7 +275,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parse_with_parts(options: Any, command: str, argv: list[str]) -> Any:
     """Parse, after the parts that decide which options there are: `--method`, `--layers`, any `--restarts.*`."""
     method_name, argv = _take("method", argv)
-    layers_name, argv = _take("layers", argv)
+    has_layers = "layers" in options.__dataclass_fields__
+    layers_name, argv = _take("layers", argv) if has_layers else (None, argv)
     if method_name == "":
         raise UserError(f"method: no name given; known: {', '.join(methods())}")
     if layers_name == "":
@@ -266,11 +293,10 @@ def _parse_with_parts(options: Any, command: str, argv: list[str]) -> Any:
         "restarts": Restarts() if any(word.startswith("--restarts.") for word in argv) else None,
     }
     wanted = {name: part for name, part in parts.items() if name in options.__dataclass_fields__}
-    hint = (
-        f"--method NAME is one of {', '.join(methods())} (default: {DEFAULT_METHOD}, adamw with --layers) and brings "
-        "--method.* options. "
-        f"--layers NAME is one of {', '.join(PARAMETRIZATIONS)} (default: none) and brings --layers.*."
-    )
+    default = DEFAULT_METHOD + ", adamw with --layers" * has_layers
+    hint = f"--method NAME is one of {', '.join(methods())} (default: {default}) and brings --method.* options."
+    if has_layers:
+        hint += f" --layers NAME is one of {', '.join(PARAMETRIZATIONS)} (default: none) and brings --layers.*."
     if "restarts" in wanted:
         hint += " --restarts.every N turns restarts on and brings --restarts.* (reset, scope, no-refactorize, ...)."
     return _parse(

@@ -57,6 +57,8 @@ class Run:
     last_step: int
     perplexity: float | None
     legacy_perplexity: float | None
+    score: float | None
+    """Of a classifier, in place of a perplexity: 1 is perfect."""
     eval_tokens: float | None
     weights_bytes: float | None
     state_bytes: float | None
@@ -92,17 +94,23 @@ class Rate:
 
     @property
     def perplexity(self) -> float | None:
-        values = self._perplexities()
+        values = self._whole("perplexity")
+        return fmean(values) if values else None
+
+    @property
+    def score(self) -> float | None:
+        values = self._whole("score")
         return fmean(values) if values else None
 
     @property
     def sd(self) -> float | None:
-        """The sample standard deviation of the perplexity over seeds, where there are at least two."""
-        values = self._perplexities()
+        """The sample standard deviation of the score or the perplexity over seeds, where there are at least two."""
+        values = self._whole("score") or self._whole("perplexity")
         return stdev(values) if len(values) >= 2 else None
 
-    def _perplexities(self) -> list[float]:
-        values = [run.perplexity for run in self.runs if run.perplexity is not None]
+    def _whole(self, name: str) -> list[float]:
+        """One of :class:`Run`'s numbers of each run; nothing where any run lacks it."""
+        values = [value for run in self.runs if (value := getattr(run, name)) is not None]
         return values if len(values) == len(self.runs) else []
 
     def mean(self, name: str) -> float | None:
@@ -131,7 +139,7 @@ class Method:
 
 
 def load(directory: Path) -> list[Method]:
-    """Every run below ``directory``, by method, the lowest perplexity first.
+    """Every run below ``directory``, by method, the highest score or the lowest perplexity first.
 
     A run is a ``log.jsonl`` at any depth, a row of ``directory/rows.jsonl``, or the two together where the row names
     the log. Of rows with the same label the last one counts, and a log that only a superseded row names is left out.
@@ -174,9 +182,11 @@ def baseline(methods: list[Method]) -> Rate | None:
 
 
 def _rank(rate: Rate | None) -> tuple[bool, float]:
-    """Sorts by perplexity: a diverged rate comes after every finite one, and no finished run at all comes last."""
+    """By score or perplexity: a diverged rate comes after every finite one, and no finished run at all comes last."""
     if rate is None:
         return True, math.inf
+    if rate.score is not None:
+        return False, -rate.score
     return False, math.inf if rate.perplexity is None else rate.perplexity
 
 
@@ -198,6 +208,7 @@ def _run(label: str, log: _Log, row: dict[str, Any] | None = None) -> Run:
         last_step=int(outcome.get("step") or outcome.get("steps") or log.last_step),
         perplexity=_number(outcome.get("perplexity")),
         legacy_perplexity=_number(outcome.get("legacy_perplexity")),
+        score=_number(outcome.get("score")),
         eval_tokens=_number(outcome.get("eval_tokens")),
         weights_bytes=_number(outcome.get("weights_bytes", memory.get("weights"))),
         state_bytes=_number(outcome.get("state_bytes", memory.get("state"))),

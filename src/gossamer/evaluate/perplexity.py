@@ -34,13 +34,19 @@ class Score:
         return _exp(self.legacy_loss)
 
     def numbers(self) -> dict[str, float]:
-        """For a log."""
+        """For the log."""
         return {"loss": self.loss, "perplexity": self.perplexity, "legacy_perplexity": self.legacy_perplexity}
 
+    def __str__(self) -> str:
+        return f"perplexity {self.perplexity:.3f} over {self.tokens:,} tokens (legacy {self.legacy_perplexity:.3f})"
 
-def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross entropy in nats of `targets` (rows, length) given `inputs` (rows, length); fp32 scalar."""
-    logits = model(input_ids=inputs).logits
+
+def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor, **others: Tensor) -> Tensor:
+    """Summed cross entropy in nats of `targets` (rows, length) given `inputs` (rows, length); fp32 scalar.
+
+    `others` are further inputs of the model, such as `position_ids`.
+    """
+    logits = model(input_ids=inputs, **others).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 

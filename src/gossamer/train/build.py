@@ -11,7 +11,7 @@ from gossamer import layers
 from gossamer.errors import UserError
 from gossamer.models import build_model, resolve_config
 from gossamer.optim import Optimizer, param_groups
-from gossamer.train.config import Pretrain
+from gossamer.train.config import Pretrain, Training
 
 
 def build(config: Pretrain[Any, Any, Any], vocabulary: int, device: torch.device) -> tuple[nn.Module, list[str]]:
@@ -40,7 +40,7 @@ def build(config: Pretrain[Any, Any, Any], vocabulary: int, device: torch.device
     return model, layers.apply(model, config.layers, config.layer_targets, seed=config.seed)
 
 
-def build_optimizer(config: Pretrain[Any, Any, Any], model: nn.Module) -> Optimizer:
+def build_optimizer(config: Training[Any, Any], model: nn.Module) -> Optimizer:
     """What steps the parameters of `model`, sharded or not."""
     return Optimizer(
         param_groups(model, config.method, fallback=config.fallback, fallback_lr=config.fallback_lr),

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 
 from gossamer.distributed import World, storage
 from gossamer.errors import UserError, first_line
-from gossamer.layers import FactoredLinear, factored, weight
+from gossamer.layers import plain, stand_ins
 from gossamer.optim import Optimizer
 from gossamer.optim.diagnostics import Diagnostics
 from gossamer.optim.optimizer import init_state
-from gossamer.train.config import Pretrain, check_resumable
+from gossamer.train.config import Training, check_resumable
 
 MANIFEST = "manifest.json"
 NEEDED = ("config.json", "model.safetensors", "random.safetensors", "training.json")
@@ -43,9 +44,9 @@ class Checkpoints:
 
     Tensors lie in plain safetensors files that any number of processes reads (`gossamer.distributed.storage`):
     `model`, which with `config.json` and the tokenizer's files is what `transformers` loads; `layers` if some layers
-    are low-rank (the weights as they are trained; `model` is dense then); `optimizer`; `diagnostics` if there are any;
-    `random`, the state of each process's generators. Everything else is in `training.json`, and a manifest has the
-    digest of every file. Nothing is pickled.
+    are low-rank or have adapters (the weights as they are trained; `model` is dense then); `optimizer`; `diagnostics`
+    if there are any; `random`, the state of each process's generators. Everything else is in `training.json`, and a
+    manifest has the digest of every file. Nothing is pickled.
 
     Args:
         model: before it is sharded.
@@ -53,7 +54,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep_last: int, world: World, model: nn.Module) -> None:
         self.folder, self.keep_last, self.world = folder / "checkpoints", keep_last, world
-        self.factored = {name: copy.deepcopy(module).to("meta") for name, module in factored(model)}
+        self.stand_ins = {name: copy.deepcopy(module).to("meta") for name, module in stand_ins(model)}
         self._in_flight: tuple[int, Callable[[], None]] | None = None
 
     def steps(self) -> list[Path]:
@@ -124,10 +125,10 @@ class Checkpoints:
 
     @property
     def _weights(self) -> str:
-        return "layers" if self.factored else "model"
+        return "layers" if self.stand_ins else "model"
 
     def _publish(self, draft: Path, final: Path) -> None:
-        if self.factored:
+        if self.stand_ins:
             self._write_dense(draft)
         files = sorted(path for path in draft.rglob("*") if path.is_file())
         manifest = {str(path.relative_to(draft)): _digest(path) for path in files}
@@ -148,20 +149,20 @@ class Checkpoints:
         """The dense model that `layers` stands for, made of that file's tensors, a layer at a time."""
         with safe_open(draft / "layers.safetensors", "pt") as file:
 
-            def dense(name: str, module: FactoredLinear) -> Tensor:
+            def dense(name: str, module: nn.Module, key: str) -> Tensor:
                 own = {key: file.get_tensor(f"{name}.{key}") for key in module.state_dict()}
                 module.load_state_dict(own, assign=True)
-                made = weight(module).detach()
+                made = plain(module)[key]
                 module.to("meta")
                 return made
 
-            inner = {f"{name}.{key}" for name, it in self.factored.items() for key in it.state_dict() if key != "bias"}
+            inner = {f"{name}.{key}" for name, module in self.stand_ins.items() for key in module.state_dict()}
             rows: list[Any] = []
             for name in set(file.keys()) - inner:
-                rows.append((name, *_kind(file.get_tensor(name)), lambda name=name: file.get_tensor(name)))
-            for name, module in self.factored.items():
-                shape = torch.Size((module.out_features, module.in_features))
-                rows.append((f"{name}.weight", shape, module.B.dtype, lambda n=name, m=module: dense(n, m)))
+                rows.append((name, *_kind(file.get_tensor(name)), partial(file.get_tensor, name)))
+            for name, module in self.stand_ins.items():
+                for key, tensor in plain(module).items():
+                    rows.append((f"{name}.{key}", *_kind(tensor), partial(dense, name, module, key)))
             storage.write_file(draft / "model.safetensors", rows)
 
     @contextlib.contextmanager
@@ -199,12 +200,12 @@ class Checkpoints:
         return None
 
     def open(
-        self, config: Pretrain[Any, Any, Any], data: str, say: Callable[[str], None]
+        self, config: Training[Any, Any], source: str, data: str, say: Callable[[str], None]
     ) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to go on from and what it says of its run; None to start afresh.
 
         Args:
-            data: fingerprint of the training rows.
+            source: of the training rows, as the user wrote it. data: their fingerprint.
 
         Raises:
             UserError: there are checkpoints and the run is not to resume, or not this one, or on other data.
@@ -220,7 +221,7 @@ class Checkpoints:
         training = json.loads((found / "training.json").read_text())
         check_resumable(training["config"], config)
         if training["data"] != data:
-            raise UserError(f"resume: the training data of {config.data.data} has changed since {found} was written")
+            raise UserError(f"resume: the training data of {source} has changed since {found} was written")
         return found, training
 
     def restore(self, path: Path, parts: Parts, training: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gossamer.distributed import World, whole
 from gossamer.errors import UserError
 from gossamer.optim import Optimizer, release_gradients
-from gossamer.train.config import Pretrain
+from gossamer.train.config import Training
 
 
 class Held:
@@ -55,9 +55,7 @@ class Released:
         return float(self.released.norm)
 
 
-def gradients_of(
-    config: Pretrain[Any, Any, Any], model: nn.Module, optimizer: Optimizer, world: World
-) -> Held | Released:
+def gradients_of(config: Training[Any, Any], model: nn.Module, optimizer: Optimizer, world: World) -> Held | Released:
     """How this run treats them.
 
     Raises:

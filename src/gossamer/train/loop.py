@@ -1,45 +1,50 @@
-"""Pre-training, readable in one sitting: build everything, step, look now and then, save."""
+"""Training, readable in one sitting: build everything, step, look now and then, save."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from gossamer.data import IGNORED, open_corpus
 from gossamer.distributed import World, local, start, stop
 from gossamer.errors import UserError
-from gossamer.evaluate import Score, evaluate, token_loss
 from gossamer.memory import predict
 from gossamer.optim.diagnostics import Diagnostics
 from gossamer.restarts import Restarter, in_words
 from gossamer.train import log as logs
-from gossamer.train.build import build, build_optimizer
+from gossamer.train.build import build_optimizer
 from gossamer.train.checkpoint import Checkpoints, Parts
-from gossamer.train.config import Pretrain
+from gossamer.train.config import Training
 from gossamer.train.gradients import gradients_of
+from gossamer.train.job import Job, Outcome
 from gossamer.train.stopping import Stopping
+
+S = TypeVar("S", bound=Outcome)
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Generic[S]):
     """How a run ended."""
 
-    score: Score
+    score: S
     seconds: float
     tokens_per_second: float
 
 
-def pretrain(config: Pretrain[Any, Any, Any], *, label: str | None = None, quiet: bool = False) -> Result:
-    """Train the model that `config` describes and evaluate it; log and checkpoints go to `config.out`.
+def train(
+    config: Training[Any, Any], make_job: Callable[[World], Job], *, label: str | None = None, quiet: bool = False
+) -> Result[Any]:
+    """Train the model of a job and evaluate it; log and checkpoints go to `config.out`.
 
     Under `torchrun` every process calls this. A run that was killed at any moment continues with `resume=True`; on a
     CPU it then ends with the same bits as one that was not. SIGTERM ends it with a checkpoint and `SystemExit(0)`.
 
     Args:
+        make_job: what is trained, on what, towards what; made once this process knows its device.
         label: what the report calls the run. quiet: print nothing.
 
     Raises:
@@ -48,7 +53,7 @@ def pretrain(config: Pretrain[Any, Any, Any], *, label: str | None = None, quiet
     world = start(config.device, config.timeout)
     try:
         with world.together(), Stopping() as stopping:
-            return Run(config, world, stopping, label or config.out.name, quiet).train()
+            return Run(config, make_job, world, stopping, label or config.out.name, quiet).train()
     finally:
         stop()
 
@@ -57,13 +62,19 @@ class Run:
     """Everything that a run holds; `train` is the loop."""
 
     def __init__(
-        self, config: Pretrain[Any, Any, Any], world: World, stopping: Stopping, label: str, quiet: bool
+        self,
+        config: Training[Any, Any],
+        make_job: Callable[[World], Job],
+        world: World,
+        stopping: Stopping,
+        label: str,
+        quiet: bool,
     ) -> None:
         self.config, self.world, self.stopping, self.label = config, world, stopping, label
         self.plain = config.to_json()
         world.seed(config.seed)  # for models with dropout; nothing of ours draws from the global state
-        self.corpus = open_corpus(config.data, train_tokens=config.steps * config.batch_size * config.data.seq_len)
-        self.model, self.replaced = build(config, self.corpus.tokenizer.vocab_size, world.device)
+        self.job = make_job(world)
+        self.model = self.job.model
         self.memory = predict(self.model, config.method, fallback=config.fallback)
         self.checkpoints = Checkpoints(config.out, config.keep_last, world, self.model)
         compiled: Any = torch.compile(self.model) if config.compile else self.model
@@ -82,7 +93,7 @@ class Run:
         self.display = logs.Display(label, config.steps, quiet=quiet or not world.is_main)
         self.journal: logs.Journal | None = None
 
-    def train(self) -> Result:
+    def train(self) -> Result[Any]:
         config = self.config
         try:
             self._open()
@@ -117,8 +128,8 @@ class Run:
 
     def _open(self) -> None:
         """Start afresh or from a checkpoint, and say what is about to run."""
-        config, found, say = self.config, None, self.display.say
-        if (opened := self.checkpoints.open(config, self.corpus.train.fingerprint, say)) is not None:
+        config, job, found, say = self.config, self.job, None, self.display.say
+        if (opened := self.checkpoints.open(config, job.source, job.fingerprint, say)) is not None:
             found, training = opened
             self.checkpoints.restore(found, self.parts, training)
             self.scheduler.load_state_dict(training["scheduler"])
@@ -126,9 +137,8 @@ class Run:
             self.skipped = training["skipped"]
             if self.restarter is not None:
                 self.restarter.resume(self.done)
-        if self.replaced:
-            say(f"{self.plain['layers']['name']} in place of {len(self.replaced)} layers")
-        say(f"validation: {self.corpus.valid_description}")
+        for line in job.introduction:
+            say(line)
         if not self.world.is_main:
             return
         since = self.done if found else None
@@ -142,23 +152,23 @@ class Run:
             label=self.label,
             method=self.plain["method"]["name"],
             config=self.plain,
-            data=self.corpus.description,
+            data=job.description,
             plan=[asdict(row) for row in self.optimizer.plan()],
-            replaced=self.replaced,
+            replaced=job.replaced,
             diagnosed=self.diagnostics.watched() if self.diagnostics else [],
         )
 
     def _step(self) -> tuple[float, float, float, bool]:
         """One step over `batch_size` rows: mean loss, gradient norm, learning rate; whether a process is to stop."""
         config, world = self.config, self.world
-        inputs, targets = self.corpus.train.batch(self.done * config.batch_size, config.batch_size, config.seed)
-        count = int((targets != IGNORED).sum())  # of the whole batch, so that every token weighs the same
-        x, y = inputs[self.rows].split(self.micro), targets[self.rows].split(self.micro)
+        batch = self.job.batch(self.done * config.batch_size, config.batch_size, config.seed)
+        count = batch.count  # of the whole batch, so that every target weighs the same
+        parts = batch.rows(self.rows).split(self.micro)
         nats = torch.zeros((), device=world.device)
-        for i in range(len(x)):
-            last = i == len(x) - 1
+        for i in range(len(parts)):
+            last = i == len(parts) - 1
             with world.accumulating(self.replica, last):
-                part = token_loss(self.replica, x[i].to(world.device), y[i].to(world.device))
+                part = self.job.loss(self.replica, parts[i].to(world.device))
                 self.gradients.backward(part * (world.size / count), last)
             nats += part.detach()
         norm = self.gradients.norm()
@@ -173,7 +183,7 @@ class Run:
             )
         if finite:
             self.optimizer.step()
-            self.tokens += count
+            self.tokens += batch.tokens
         self.skipped += not finite
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -195,23 +205,13 @@ class Run:
             self._say("restart", **event)
             self.display.say(f"step {self.done}: restart: {in_words(event)}")
 
-    def _score(self) -> Score:
-        return evaluate(
-            self.model,
-            self.corpus.valid,
-            tokens=self.config.eval_tokens,
-            batch_size=self.config.batch_size,
-            micro_batch_size=self.micro,
-            world=self.world,
-        )
+    def _score(self) -> Outcome:
+        return self.job.evaluate(self.config.batch_size, self.micro, self.world)
 
-    def _evaluate(self) -> Score:
+    def _evaluate(self) -> Outcome:
         score = self._score()
         self._say("eval", **score.numbers(), tokens=score.tokens, batches=score.batches)
-        self.display.say(
-            f"step {self.done}: validation perplexity {score.perplexity:.3f} over {score.tokens:,} tokens "
-            f"(legacy {score.legacy_perplexity:.3f})"
-        )
+        self.display.say(f"step {self.done}: validation {score}")
         return score
 
     def _save(self) -> None:
@@ -219,12 +219,11 @@ class Run:
             raise UserError(f"step {self.done}: a weight is not finite; not saved; {self.checkpoints.last_good()}")
         self._settle()
         counted = {"seconds": self.seconds, "tokens": self.tokens, "skipped": self.skipped}
-        made_by = {"data": self.corpus.train.fingerprint, "config": self.plain}
+        made_by = {"data": self.job.fingerprint, "config": self.plain}
         training = {**counted, **made_by, "scheduler": self.scheduler.state_dict()}
-        self.checkpoints.save(
-            self.done, self.parts, training, self.corpus.tokenizer.save, behind=self.config.async_save
-        )
-        if not self.config.async_save:
+        behind = self.config.async_save
+        self.checkpoints.save(self.done, self.parts, training, self.job.save_tokenizer, behind=behind)
+        if not behind:
             self._settle()
 
     def _settle(self) -> None:
@@ -233,7 +232,7 @@ class Run:
             step, path = saved
             self.journal.write("checkpoint", step, path=str(path))
 
-    def _end(self, score: Score) -> Result:
+    def _end(self, score: Outcome) -> Result[Any]:
         speed = self.tokens / self.seconds if self.seconds else 0.0
         counted = {"eval_tokens": score.tokens, "train_tokens": self.tokens, "skipped": self.skipped}
         self._say("end", seconds=self.seconds, **score.numbers(), **counted, tokens_per_second=speed)
