@@ -40,8 +40,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mlorc exact": {"oversampling": 2, "power_iterations": 1},
     "muon plain": {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"},
     "adam-mini tensor": {"blocks": "tensor"},
-    "adam-mini blocks": {"blocks": 1},
-    "adamw-8bit 16": {"state_bits": 16},
+    "adam-mini one": {"blocks": 1},
+    "adam-mini blocks": {"blocks": 3},
 }
 """Choices beside the defaults that reduce over rows in another way."""
 STRANGER = "stranger"
@@ -80,6 +80,8 @@ def make(name: str) -> gossamer.Method:
 
 
 def takes(name: str, shape: tuple[int, ...]) -> bool:
+    if name == "adam-mini blocks":
+        return shape[0] % 3 == 0
     return len(shape) == 2 or not gossamer.methods()[name.split()[0]].matrix_only
 
 
