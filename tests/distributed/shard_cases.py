@@ -121,7 +121,7 @@ def trained(name: str, shape: tuple[int, ...], mesh: DeviceMesh | None, **option
 
 
 def full(x: Tensor) -> Tensor:
-    return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
+    return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach().clone()
 
 
 def keys(opt: gossamer.Optimizer) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def checkpoints(steps: str, before: str, after: str) -> dict[str, Any]:
 
 
 def local(x: Tensor) -> Tensor:
-    return x.detach().to_local() if isinstance(x, DTensor) else x.detach()
+    return (x.detach().to_local() if isinstance(x, DTensor) else x.detach()).clone()
 
 
 def contents(net: nn.Module, opt: gossamer.Optimizer, how: Callable[[Tensor], Tensor] = full) -> dict[str, Tensor]:

@@ -189,6 +189,8 @@ def dims_of_rows(init: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, 
     Returns:
         None if the state follows the rows in another way, or cannot be made for any number of them.
     """
+    if not shape:  # a number has no rows
+        return dict.fromkeys(init(torch.empty((), device="meta")))
     scale = -(-PROBE // min(shape[:2])) if len(shape) == 2 else PROBE
     height, rest = scale * shape[0], (scale * shape[1],) if len(shape) == 2 else shape[1:]
     try:
@@ -199,10 +201,8 @@ def dims_of_rows(init: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, 
     for key, tensor in base.items():
         shapes = [state[key].shape for state in taller]
         dims = [dim for dim, length in enumerate(tensor.shape) if any(shape[dim] != length for shape in shapes)]
-        if [shape[dim] for shape in (tensor.shape, *shapes) for dim in dims] not in (
-            [],
-            [height + more for more in MORE],
-        ):
+        lengths = [shape[dim] for dim in dims for shape in (tensor.shape, *shapes)]
+        if lengths not in ([], [height + more for more in MORE]):
             return None
         found[key] = dims[0] if dims else None
     return found
