@@ -16,7 +16,10 @@ import pytest
 import torch
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["gossamer.cli", "transformers.models.llama.modeling_llama", "tokenizers"])
+processes.set_forkserver_preload(
+    ["gossamer.cli", "transformers.models.llama.modeling_llama", "tokenizers"]
+    + [f"torch.distributed.{part}" for part in ("fsdp", "checkpoint.state_dict", "tensor.debug")]
+)
 
 
 def start(script: Path, **names: Any) -> BaseProcess:

@@ -103,6 +103,8 @@ class Layout:
     mesh: DeviceMesh
     axis: int | None
     """The mesh dimension along which its rows lie; None if every process has all."""
+    device: torch.device
+    """Of the parts: under CPU offloading not the mesh's."""
     rows: Rows
 
     def placements(self, dim: int | None) -> list[Placement]:
@@ -115,7 +117,7 @@ class Layout:
         shape = list(like.shape)
         if dim is not None and isinstance(self.rows, ShardedRows):
             shape[dim] = self.rows.counts[self.rows.place]
-        mine = torch.zeros(shape, dtype=like.dtype, device=self.mesh.device_type)
+        mine = torch.zeros(shape, dtype=like.dtype, device=self.device)
         return self.wrap(mine, like.shape, dim)
 
     def wrap(self, mine: Tensor, shape: Sequence[int], dim: int | None) -> DTensor:
@@ -127,13 +129,12 @@ class Layout:
 
     def put(self, value: Tensor, dim: int | None) -> DTensor:
         """A copy of `value`, whole or however it is sharded, with its dimension `dim` along the rows."""
-        device, placements = self.mesh.device_type, self.placements(dim)
-        if isinstance(value, DTensor):
-            if value.device_mesh == self.mesh and list(value.placements) == placements:
-                return value.to(device, copy=True)  # pyright: ignore
+        placements = self.placements(dim)
+        if isinstance(value, DTensor) and (value.device_mesh, list(value.placements)) != (self.mesh, placements):
             value = value.full_tensor()
-        value = value.to(device, copy=True)
-        return distribute_tensor(value, self.mesh, placements, src_data_rank=None)
+        if not isinstance(value, DTensor):
+            value = distribute_tensor(value.to(self.mesh.device_type), self.mesh, placements, src_data_rank=None)
+        return self.wrap(value.to_local().to(self.device, copy=True), value.shape, dim)
 
 
 def layout(name: str, param: Tensor, key: int) -> Layout | None:
@@ -165,8 +166,9 @@ def layout(name: str, param: Tensor, key: int) -> Layout | None:
         )
     axis = axes[0] if axes else None
     if axis is None or mesh.size(axis) == 1:
-        return Layout(mesh, axis, HERE)
-    return Layout(mesh, axis, ShardedRows(mesh, axis, param.shape[0], key % mesh.size(axis)))
+        return Layout(mesh, axis, param.to_local().device, HERE)
+    rows = ShardedRows(mesh, axis, param.shape[0], key % mesh.size(axis))
+    return Layout(mesh, axis, param.to_local().device, rows)
 
 
 def _words(tensor: DTensor) -> str:
@@ -187,6 +189,8 @@ def dims_of_rows(init: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, 
     Returns:
         None if the state follows the rows in another way, or cannot be made for any number of them.
     """
+    if not shape:  # a number has no rows
+        return dict.fromkeys(init(torch.empty((), device="meta")))
     scale = -(-PROBE // min(shape[:2])) if len(shape) == 2 else PROBE
     height, rest = scale * shape[0], (scale * shape[1],) if len(shape) == 2 else shape[1:]
     try:
@@ -197,10 +201,8 @@ def dims_of_rows(init: Callable[[Tensor], dict[str, Tensor]], shape: tuple[int, 
     for key, tensor in base.items():
         shapes = [state[key].shape for state in taller]
         dims = [dim for dim, length in enumerate(tensor.shape) if any(shape[dim] != length for shape in shapes)]
-        if [shape[dim] for shape in (tensor.shape, *shapes) for dim in dims] not in (
-            [],
-            [height + more for more in MORE],
-        ):
+        lengths = [shape[dim] for dim in dims for shape in (tensor.shape, *shapes)]
+        if lengths not in ([], [height + more for more in MORE]):
             return None
         found[key] = dims[0] if dims else None
     return found
@@ -227,11 +229,10 @@ Wave = Sequence[Part | None]
 
 def collect(wave: Wave) -> Callable[[], Tensor | None]:
     """Send every owner its rows. Returns at once; what is returned waits for the matrix that is mine, if one is."""
-    sent = [part.x for part in wave if part is not None]
+    parts = [part for part in wave if part is not None]
     sizes = [0 if part is None else part.x.nbytes for part in wave]
-    rows = next(part.rows for part in wave if part is not None)
-    mine = wave[rows.place]
-    arrived = _exchange(sent, sizes, [0] * len(wave) if mine is None else mine.sizes(), rows)
+    mine = wave[parts[0].rows.place]
+    arrived = _exchange([part.x for part in parts], sizes, [0] * len(wave) if mine is None else mine.sizes(), parts[0])
 
     def matrix() -> Tensor | None:
         received = arrived()
@@ -242,11 +243,10 @@ def collect(wave: Wave) -> Callable[[], Tensor | None]:
 
 def deliver(wave: Wave, result: Tensor | None) -> Callable[[], list[Tensor | None]]:
     """Send every process its rows of my result, of my matrix's shape and dtype. What is returned waits for mine."""
-    rows = next(part.rows for part in wave if part is not None)
-    mine = wave[rows.place]
-    sent = [] if result is None else [result]
+    like = next(part for part in wave if part is not None)
+    mine, sent = wave[like.rows.place], [] if result is None else [result]
     sizes = [0 if part is None else part.x.nbytes for part in wave]
-    arrived = _exchange(sent, [0] * len(wave) if mine is None else mine.sizes(), sizes, rows)
+    arrived = _exchange(sent, [0] * len(wave) if mine is None else mine.sizes(), sizes, like)
 
     def parts() -> list[Tensor | None]:
         received = arrived().split(sizes)  # cloned: a part of another dtype may have left it unaligned
@@ -258,13 +258,11 @@ def deliver(wave: Wave, result: Tensor | None) -> Callable[[], list[Tensor | Non
     return parts
 
 
-def _exchange(
-    tensors: Sequence[Tensor], sizes: list[int], arriving: list[int], rows: ShardedRows
-) -> Callable[[], Tensor]:
-    """Bytes to all and from all; what is returned waits for those that arrive."""
-    received = torch.empty(sum(arriving), dtype=torch.uint8, device=rows.mesh.device_type)
+def _exchange(tensors: Sequence[Tensor], sizes: list[int], arriving: list[int], like: Part) -> Callable[[], Tensor]:
+    """Bytes to all and from all of the group of `like`; what is returned waits for those that arrive."""
+    received = torch.empty(sum(arriving), dtype=torch.uint8, device=like.x.device)
     sent = torch.cat([received[:0], *(tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors)])
-    work: Any = dist.all_to_all_single(received, sent, arriving, sizes, group=rows.group, async_op=True)
+    work: Any = dist.all_to_all_single(received, sent, arriving, sizes, group=like.rows.group, async_op=True)
 
     def arrived() -> Tensor:
         work.wait()

@@ -17,7 +17,7 @@ from gossamer.kernels import available
 from gossamer.optim import contract, sharding
 from gossamer.optim.batch import Batch
 from gossamer.optim.contract import MOMENTS, Context, Method, State, hash63, moment_of
-from gossamer.optim.groups import default_fallback, is_flattened, refusal
+from gossamer.optim.groups import SHARD_WITH, default_fallback, is_flattened, refusal
 from gossamer.optim.sharding import blank, local
 from gossamer.optim.stores import arithmetic_dtype
 from gossamer.optim.sweep import Scratch, Sweep, Write
@@ -35,9 +35,6 @@ IMPLEMENTATIONS = ("auto", "reference", "fused")
 
 LAUNCHED_TOGETHER = 16
 """Matrices that kernels step in one launch, at most: they keep copies of that many matrices' factors."""
-
-
-SHARD_WITH = "FSDP2 (fully_shard) or DDP"
 
 
 def init_state(method: Method, param: Tensor, layout: Any = None) -> State:
@@ -115,6 +112,8 @@ class Optimizer(torch.optim.Optimizer):
     """Train each parameter group by its own method.
 
         opt = gossamer.Optimizer(gossamer.param_groups(model, LoRAPre(rank=128)), lr=1e-3)
+
+    Parameters that FSDP2 shards are stepped by their rows, with the numbers of one process (docs/distributed.md).
 
     Args:
         params: groups from `param_groups`, or whatever torch's optimizers take: parameters, (name, parameter) pairs,

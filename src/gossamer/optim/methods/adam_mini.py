@@ -63,7 +63,7 @@ class AdamMini:
         beta1, beta2 = self.betas
         grad = rules.cut_gradient(grad, ctx.rows)
         m = state["m"].lerp_(grad, 1 - beta1)
-        one = grad.ndim < 2 or self.blocks == "tensor"
+        one = grad.ndim < 2 or self.blocks in ("tensor", 1)
         size = entries(grad, ctx.rows) // (1 if one else ctx.rows.shape(state["v"])[0])
         blocks = grad.reshape(1, -1) if one else grad.reshape(-1, size)
         squares = torch.linalg.vector_norm(blocks, dim=1).square_()
