@@ -139,9 +139,11 @@ class Run:
         if found is not None:
             self._say("resume", checkpoint=str(found))
             return
+        released = config.release_gradients and self.micro == config.batch_size  # micro-batches hold all of them
+        memory = predict(self.model, config.method, fallback=config.fallback, release_gradients=released)
         self._say(
             "start",
-            **logs.what_runs(predict(self.model, config.method, fallback=config.fallback)),
+            **logs.what_runs(memory),
             label=self.label,
             method=self.plain["method"]["name"],
             config=self.plain,
