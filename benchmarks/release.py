@@ -1,6 +1,6 @@
 """What training takes beside weights and state, with gradients held and with gradients released.
 
-    python benchmarks/release.py          # 60m, fp32, 1 x 32 tokens: rows in results/release_memory.jsonl, and the table
+    python benchmarks/release.py          # 60m, fp32, 1 x 32 tokens: rows in results/release_memory.jsonl, a table
     python benchmarks/release.py --draw   # the table again
 
 Few tokens, so that activations hide nothing. Each case in a process of its own (`gossamer.memory.measure_training`),
