@@ -16,12 +16,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig
 
 import gossamer
 from gossamer import AdamW, GradientRelease, Optimizer, UserError, layers, param_groups, release_gradients
 from gossamer.data import DataConfig
 from gossamer.distributed import World
+from gossamer.evaluate import token_loss
+from gossamer.memory import predict
+from gossamer.models import build_model
 from gossamer.optim.diagnostics import Diagnostics
 from gossamer.train import Pretrain, pretrain
 from gossamer.train.gradients import gradients_of
@@ -690,3 +696,54 @@ def test_several_processes_are_refused() -> None:
     config = Pretrain(AdamW(), release_gradients=True)
     with refused("allowed in one process, here are 2"):
         gradients_of(config, model, optimizer(model), World(0, 2, torch.device("cpu")))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+class Gradients(TorchDispatchMode):
+    """The most bytes at once of tensors of the shapes of weights (or of their transposes) that operators made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        shapes = {tuple(p.shape) for p in model.parameters() if p.requires_grad}
+        self.shapes = shapes | {shape[::-1] for shape in shapes}
+        self.weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.alive: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            fits = isinstance(tensor, Tensor) and tuple(tensor.shape) in self.shapes
+            if fits and tensor.untyped_storage()._cdata not in self.weights:  # else a view of one
+                self.alive[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        self.alive = {ref: size for ref, size in self.alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_predicted_gradients_are_those_that_are_there_at_once(
+    tied: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real gradients of a real model, counted as they come; what a step makes of that shape is left out."""
+    monkeypatch.setattr(Optimizer, "step_members", lambda *_: None)
+    config = LlamaConfig(
+        hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=300, tie_word_embeddings=tied, attention_bias=bias, mlp_bias=bias, use_cache=False,
+    )  # fmt: skip
+    model = build_model(config, dtype=torch.float32, device="cpu", seed=0)
+    for release in (True,) if tied else (True, False):  # held ones of a tied weight are predicted without sums
+        opt = optimizer(model)
+        handle = release_gradients(model, opt) if release else None
+        inputs, targets = torch.randint(300, (2, 1, 11))  # no activation has a weight's shape
+        loss = token_loss(model, inputs, targets)
+        with Gradients(model) as counted:
+            loss.backward()
+        assert counted.peak == predict(model, AdamW(), release_gradients=release).gradients
+        opt.zero_grad()
+        if handle is not None:
+            handle.remove()
+    assert predict(model, AdamW(), release_gradients=True).gradients == 4 * 300 * 40 * (3 if tied else 1)

@@ -44,6 +44,8 @@ L = TypeVar("L", bound=Parametrization | None)
 Options = TypeVar("Options")
 
 DEFAULT_METHOD = "gossamer"
+WAYS = ("reference", "auto")
+"""Of stepping: what a prediction shows."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class MemoryOptions(Generic[M, L]):
     """Tokens of a row; None: 256, or as many as the model allows if that is fewer."""
     checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    release_gradients: bool = False
+    """Of gradients, hold those of one layer at a time, as `gossamer pretrain --release-gradients` does."""
     budget: str | None = None
     """An amount of memory such as 24GiB: list what fits, over all methods, parametrizations and ranks."""
 
@@ -139,8 +143,9 @@ def run_memory(argv: list[str]) -> None:
     model = meta_model(options.model, options.layers, dtype, options.layer_targets)
     seq_len = _seq_len(options)
     kept = activations(model, options.batch_size, seq_len, options.checkpointing, loss=token_loss)
-    mine, fused = (predict(model, options.method, implementation=way) for way in ("reference", "auto"))
-    dense, dense_fused = (predict(plain, gossamer.AdamW(), implementation=way) for way in ("reference", "auto"))
+    release = options.release_gradients
+    mine, fused = (predict(model, options.method, implementation=way, release_gradients=release) for way in WAYS)
+    dense, dense_fused = (predict(plain, gossamer.AdamW(), implementation=way) for way in WAYS)
     table = Table(title=f"{options.model}, {mine.parameters:,} parameters, {options.dtype}; bytes")
     for column, justify in (
         ("group", "left"),
@@ -158,7 +163,8 @@ def run_memory(argv: list[str]) -> None:
         table.add_row(line.group, line.method, *(f"{size:,}" for size in sizes))
     counters = sum(line.counters for line in mine.lines)
     table.add_row("step counters", "", "", "", "", f"{counters:,}", end_section=True)
-    for label, memory, twin in ((f"total with {name}", mine, fused), ("total with adamw", dense, dense_fused)):
+    released = f"total with {name}{', gradients released' if release else ''}"
+    for label, memory, twin in ((released, mine, fused), ("total with adamw", dense, dense_fused)):
         sizes = (memory.parameters, memory.weights, memory.gradients, memory.state)
         sizes = (*sizes, memory.step.transient, twin.step.transient)
         table.add_row(label, "", *(f"{size:,}" for size in sizes))
@@ -178,7 +184,15 @@ def run_memory(argv: list[str]) -> None:
 
 def _print_what_fits(options: MemoryOptions[Any, Any], budget: Size, dtype: torch.dtype) -> None:
     seq_len = _seq_len(options)
-    found = candidates(options.model, options.batch_size, seq_len, options.checkpointing, loss=token_loss, dtype=dtype)
+    found = candidates(
+        options.model,
+        options.batch_size,
+        seq_len,
+        options.checkpointing,
+        loss=token_loss,
+        dtype=dtype,
+        release_gradients=options.release_gradients,
+    )
     table = Table(title=f"{options.model}, {options.dtype}, {_batch(options, seq_len)}; {budget.unit}")
     for column in ("method", "layers", "rank", "weights", "gradients", "state", "activations", "step", "total", "fits"):
         table.add_column(column, justify="left" if column in ("method", "layers") else "right", no_wrap=True)

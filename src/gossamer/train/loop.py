@@ -75,7 +75,10 @@ class Run:
         world.seed(config.seed)  # for models with dropout; nothing of ours draws from the global state
         self.job = make_job(world)
         self.model = self.job.model
-        self.memory = predict(self.model, config.method, fallback=config.fallback)
+        self.rows = world.share(config.batch_size)
+        self.micro = config.micro_batch_size or self.rows.stop - self.rows.start
+        released = config.release_gradients and self.rows.stop - self.rows.start == self.micro  # else all are held
+        self.memory = predict(self.model, config.method, fallback=config.fallback, release_gradients=released)
         self.checkpoints = Checkpoints(config.out, config.keep_last, world, self.model)
         compiled: Any = torch.compile(self.model) if config.compile else self.model
         self.replica = world.parallel(compiled, config.parallel)
@@ -87,8 +90,6 @@ class Run:
         self.restarter = Restarter(restarts, self.model, self.optimizer, seed=config.seed) if restarts else None
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.schedule())
         self.parts = Parts(self.model, self.optimizer, self.diagnostics)
-        self.rows = world.share(config.batch_size)
-        self.micro = config.micro_batch_size or self.rows.stop - self.rows.start
         self.done, self.seconds, self.tokens, self.skipped = 0, 0.0, 0, 0
         self.display = logs.Display(label, config.steps, quiet=quiet or not world.is_main)
         self.journal: logs.Journal | None = None
