@@ -37,7 +37,7 @@ from tests.test_train import checkpoints, events, free_port, losses, make, proce
 Run = dict[str, Any]
 """What a process does: a `config` to train, or a `folder` to write tensors to or read them from."""
 
-KNOWS_SHARDS = importlib.util.find_spec("gossamer.optim.rows") is not None
+KNOWS_SHARDS = importlib.util.find_spec("gossamer.rows") is not None
 METHODS = {"adamw": {}, "lora-pre": {"rank": 4}, "mlorc": {"rank": 4}, "gossamer": {"rank": 4}, "galore": {"rank": 4},
            "muon": {}}  # fmt: skip
 SIZES = (1, 2, 4)
