@@ -37,7 +37,7 @@ from tests.test_train import checkpoints, events, free_port, losses, make, proce
 Run = dict[str, Any]
 """What a process does: a `config` to train, or a `folder` to write tensors to or read them from."""
 
-KNOWS_SHARDS = importlib.util.find_spec("gossamer.optim.rows") is not None
+KNOWS_SHARDS = importlib.util.find_spec("gossamer.rows") is not None
 METHODS = {"adamw": {}, "lora-pre": {"rank": 4}, "mlorc": {"rank": 4}, "gossamer": {"rank": 4}, "galore": {"rank": 4},
            "muon": {}}  # fmt: skip
 SIZES = (1, 2, 4)
@@ -101,19 +101,23 @@ def make_run(run: Run) -> None:
         return
     with pytest.MonkeyPatch.context() as patch:
         if "nan" in run:
-            spoil(patch, *run["nan"])
+            spoil(patch, *run["nan"], full="full" in run)
         pretrain(run["config"])
 
 
-def spoil(patch: pytest.MonkeyPatch, rank: int, call: int) -> None:
-    """Make the `call`-th loss of one process not a number."""
+def spoil(patch: pytest.MonkeyPatch, rank: int, call: int, full: bool) -> None:
+    """Make the `call`-th loss of one process not a number, or a disk full then."""
     from gossamer.evaluate import token_loss
 
     calls = iter(range(1, 1000))
 
     def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         value = token_loss(model, inputs, targets)
-        return value * float("nan") if next(calls) == call and int(os.environ.get("RANK", 0)) == rank else value
+        if next(calls) != call or int(os.environ.get("RANK", 0)) != rank:
+            return value
+        if full:
+            raise OSError(28, "No space left on device")
+        return value * float("nan")
 
     patch.setattr("gossamer.train.loop.token_loss", loss)
 
@@ -332,14 +336,20 @@ def test_a_process_that_hangs_is_named_by_the_others(tiny: Path, tmp_path: Path,
     assert "process 1 of 2 is gone" in said(tmp_path / "said", 0)
 
 
-def test_what_one_process_met_all_repeat(tiny: Path, tmp_path: Path) -> None:
-    """The log of the main process has no room; the other one would wait for it for ever."""
-    out = tmp_path / "run"
-    (out / "log.jsonl").mkdir(parents=True)
-    children = begin(2, [{"config": config(tiny, out)}], tmp_path / "said")
-    assert end(children, 60) == [2, 2]
+def test_what_one_process_met_the_other_repeats(tiny: Path, tmp_path: Path) -> None:
+    """The other one would wait for it for ever."""
+    run = {"config": config(tiny, tmp_path / "run"), "nan": (1, 3), "full": True}
+    assert end(begin(2, [run], tmp_path / "said"), 60) == [2, 2]
+    assert said(tmp_path / "said", 1) == "gossamer: [Errno 28] No space left on device"
+    assert said(tmp_path / "said", 0) == "gossamer: process 1 of 2: [Errno 28] No space left on device"
+
+
+def test_the_process_that_keeps_the_store_is_named_too(tiny: Path, tmp_path: Path) -> None:
+    """The log of the main process cannot be written."""
+    (tmp_path / "run" / "log.jsonl").mkdir(parents=True)
+    assert end(begin(2, [{"config": config(tiny, tmp_path / "run")}], tmp_path / "said"), 60) == [2, 2]
     assert "log.jsonl" in said(tmp_path / "said", 0)
-    assert said(tmp_path / "said", 1).startswith("gossamer: process 0 of 2: ")
+    assert said(tmp_path / "said", 1) == "gossamer: process 0 of 2, which keeps the store, is gone"
 
 
 def test_a_step_is_skipped_on_all_processes_alike(tiny: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -174,12 +175,13 @@ def start(device: str, timeout: float = 600.0) -> World:
         return World(rank, size, local)
     patience = timedelta(seconds=timeout)
     store, rank, size = next(rendezvous("env://", timeout=patience))
+    life = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    store = PrefixStore(f"life {life}", store)  # torchrun's store still holds the addresses of those that died
     # NCCL ends the process from another thread and says little: leave the pulse time to speak first
     limit = patience + timedelta(seconds=60) if use_cuda else patience
     backend = "nccl" if use_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    return World(rank, size, local, restarted, Pulse(store, rank, size, timeout))
+    return World(rank, size, local, life > 0, Pulse(store, rank, size, timeout))
 
 
 def stop() -> None:
