@@ -47,6 +47,7 @@ RANKS = {
 }
 """What runs if nothing is named; another method runs at its default rank."""
 
+MOST_THREADS = 1024
 BYTES_A_WEIGHT = 32
 """Of two optimizers at once, each with weights, gradients and two moments in fp32."""
 
@@ -99,6 +100,8 @@ class StepBench:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}: {value} is too small; allowed: an integer >= 1")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise UserError(f"threads: {self.threads} is too large; allowed: 1 to {MOST_THREADS}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device: there is no CUDA device here; allowed: cpu")
         known = all_rivals(AdamW(), self.device, torch.float32)

@@ -117,6 +117,19 @@ class Checkpoints:
         return None
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What a checkpoint holds beside what `save` wrote makes its readers raise anything: say where it is."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"resume: {path} is not as it was saved: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
 def read_training(path: Path) -> dict[str, Any]:
     """What a checkpoint says of its run: step, seconds, tokens, data fingerprint, schedule, configuration."""
     return json.loads((path / "training.json").read_text())
@@ -152,7 +165,9 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
+        if not isinstance(manifest, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError):
         return f"{MANIFEST} is missing or unreadable"
     for name, digest in manifest.items():
         if not (path / name).is_file():

@@ -20,7 +20,7 @@ from gossamer.optim.diagnostics import Diagnostics
 from gossamer.restarts import Restarter, in_words
 from gossamer.train import log as logs
 from gossamer.train.build import build
-from gossamer.train.checkpoint import Checkpoints, read_training, restore
+from gossamer.train.checkpoint import Checkpoints, read_training, reading, restore
 from gossamer.train.config import Pretrain, check_resumable
 
 
@@ -117,15 +117,16 @@ class Run:
         elif self.checkpoints.steps():
             raise UserError(f"out: {config.out} holds the checkpoints of a run; add --resume, or use another --out")
         if found is not None:
-            training = read_training(found)
-            check_resumable(training["config"], self.plain)
-            if training["data"] != self.corpus.train.fingerprint:
-                raise UserError(
-                    f"resume: the training data of {config.data.data} has changed since {found} was written"
-                )
-            restore(found, self.model, self.optimizer, self.diagnostics, self.world.device)
-            self.scheduler.load_state_dict(training["scheduler"])
-            self.done, self.seconds, self.tokens = training["step"], training["seconds"], training["tokens"]
+            with reading(found):
+                training = read_training(found)
+                check_resumable(training["config"], self.plain)
+                if training["data"] != self.corpus.train.fingerprint:
+                    raise UserError(
+                        f"resume: the training data of {config.data.data} has changed since {found} was written"
+                    )
+                restore(found, self.model, self.optimizer, self.diagnostics, self.world.device)
+                self.scheduler.load_state_dict(training["scheduler"])
+                self.done, self.seconds, self.tokens = training["step"], training["seconds"], training["tokens"]
             if self.restarter is not None:
                 self.restarter.resume(self.done)
         if self.replaced:
