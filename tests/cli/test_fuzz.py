@@ -6,6 +6,7 @@ The commands run in this process as far as their first training step, which says
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import io
@@ -203,7 +204,7 @@ def mangled_json(draw: st.DataObject, value: Any) -> Any:
         if last != "" and draw.draw(st.booleans()):
             del parent[last]
         else:
-            parent[last] = draw.draw(st.sampled_from(JUNK))
+            parent[last] = copy.deepcopy(draw.draw(st.sampled_from(JUNK)))
     return value.get("")
 
 
@@ -231,15 +232,15 @@ def mangle(draw: st.DataObject, path: Path) -> None:
 @given(draw=st.data())
 @examples(60)
 def test_mangled_logs(finished: tuple[Path, list[str]], here: Path, draw: st.DataObject) -> None:
-    copy = shutil.copytree(finished[0], here / "copy", ignore=shutil.ignore_patterns("checkpoints"))
+    folder = shutil.copytree(finished[0], here / "copy", ignore=shutil.ignore_patterns("checkpoints"))
     try:
         if draw.draw(st.booleans()):
             row = {"label": "a", "method": "adamw", "lr": 1e-3, "perplexity": 9.0, "log": "log.jsonl", "config": {}}
-            (copy / "rows.jsonl").write_text(json.dumps(row) + "\n")
-        mangle(draw, copy / draw.draw(st.sampled_from([path.name for path in sorted(copy.glob("*.jsonl"))])))
-        check(["report", str(copy)])
+            (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        mangle(draw, folder / draw.draw(st.sampled_from([path.name for path in sorted(folder.glob("*.jsonl"))])))
+        check(["report", str(folder)])
     finally:
-        shutil.rmtree(copy)
+        shutil.rmtree(folder)
 
 
 @given(draw=st.data())
@@ -247,18 +248,18 @@ def test_mangled_logs(finished: tuple[Path, list[str]], here: Path, draw: st.Dat
 def test_mangled_checkpoints(finished: tuple[Path, list[str]], here: Path, draw: st.DataObject) -> None:
     """Also where the manifest was made to agree with what it lists."""
     original, argv = finished
-    copy = shutil.copytree(original, here / "copy")
+    folder = shutil.copytree(original, here / "copy")
     try:
-        newest = max((copy / "checkpoints").iterdir())
-        files = [*sorted(path for path in newest.rglob("*") if path.is_file()), copy / "log.jsonl"]
+        newest = max((folder / "checkpoints").iterdir())
+        files = [*sorted(path for path in newest.rglob("*") if path.is_file()), folder / "log.jsonl"]
         mangle(draw, draw.draw(st.sampled_from(files)))
         if draw.draw(st.booleans()):
             listed = [path for path in files if path.name != "manifest.json" and path.parent == newest]
             digests = {path.name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in listed}
             (newest / "manifest.json").write_text(json.dumps(digests))
-        check(["pretrain", *argv, "--out", str(copy), "--resume"])
+        check(["pretrain", *argv, "--out", str(folder), "--resume"])
     finally:
-        shutil.rmtree(copy)
+        shutil.rmtree(folder)
 
 
 @given(draw=st.data())

@@ -339,5 +339,5 @@ def write_page(out: Path) -> Path:
     for name in figures:
         parts += [f"<h2>÷ {escape(name)}</h2>", f'<div class="plot" id="{escape(name)}"></div>']
     path = out.with_suffix(".html")
-    path.write_text(page("Gossamer: one optimizer step", parts, figures), encoding="utf-8")
+    path.write_text(page("Gossamer: one optimizer step", parts, figures), encoding="utf-8", errors="replace")
     return path
