@@ -6,9 +6,9 @@
 
 Other people's optimizers are not dependencies: those that are not installed are named and left out.
 
-    pip install --no-deps torchao galore-torch bitsandbytes pytorch_optimizer torch-optimi heavyball adv_optm flashoptim
+    pip install --no-deps torchao galore-torch bitsandbytes pytorch_optimizer torch-optimi heavyball adv_optm
 
-A quarter of a minute each where nothing fails on two processes, half a minute where something does.
+On two busy cores 5 to 20 seconds each; torchao and heavyball compile first, in each process, which takes minutes.
 """
 
 from __future__ import annotations
@@ -79,8 +79,6 @@ PEERS = (
     Peer("adv_optm:AdamW_adv", "adv_optm", {"nnmf_factor": True}),
     Peer("optimi:AdamW", "torch-optimi", {"lr": 1e-3}),
     Peer("heavyball:AdamW", "heavyball", {}),
-    Peer("heavyball:SOAP", "heavyball", {}),
-    Peer("flashoptim:FlashAdamW", "flashoptim", {}),
 )
 
 

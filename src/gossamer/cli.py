@@ -261,6 +261,9 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # else a terminal in ASCII, or a path in another encoding, is an error
+            stream.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         print("usage: gossamer COMMAND [OPTIONS]\n")
@@ -271,19 +274,26 @@ def main(argv: list[str] | None = None) -> int:
         print(gossamer.__version__)
         return 0
     try:
+        if bad := [word for word in argv if "\0" in word]:
+            raise UserError(f"{bad[0]!r} holds a NUL, which no option and no path can")
         if argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; known: {', '.join(COMMANDS)}")
         COMMANDS[argv[0]][0](argv[1:])
     except UserError as error:
-        print(f"gossamer: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2
     except OSError as error:  # a full disk, a folder that cannot be written: wherever it strikes
-        print(f"gossamer: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        _complain(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
         return 2
     except KeyboardInterrupt:
         print("gossamer: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _complain(text: str) -> None:
+    """One line, whatever the user's own words held."""
+    print("gossamer:", " ".join(text.split()), file=sys.stderr)
 
 
 def _parse_with_parts(options: Any, command: str, argv: list[str]) -> Any:

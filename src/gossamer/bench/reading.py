@@ -152,8 +152,10 @@ def load(directory: Path) -> list[Method]:
     named: set[str] = set()
     rows_path = directory / "rows.jsonl"
     for number, row in jsonl.read(rows_path) if rows_path.is_file() else ():
-        if "label" not in row or "method" not in row:
-            raise UserError(f"{rows_path}, line {number}: a row needs 'label' and 'method'")
+        if not all(isinstance(row.get(key), str) for key in ("label", "method")):
+            raise UserError(f"{rows_path}, line {number}: a row needs 'label' and 'method', both text")
+        if not isinstance(row.get("log", ""), str):
+            raise UserError(f"{rows_path}, line {number}: 'log' is not the name of a file")
         rows[row["label"]] = row
         named.add(row.get("log", ""))
     if not logs and not rows:
@@ -191,7 +193,18 @@ def _rank(rate: Rate | None) -> tuple[bool, float]:
 
 
 def _run(label: str, log: _Log, row: dict[str, Any] | None = None) -> Run:
-    """A run from its log and, where the benchmark wrote one, its row; the row's numbers count where both have them."""
+    """A run from its log and, where the benchmark wrote one, its row; the row's numbers count where both have them.
+
+    Raises:
+        UserError: what either of them says is not of the kind that a run writes.
+    """
+    try:
+        return _as_written(label, log, row)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"run {label!r}: its log or row is not as it was written ({error})") from None
+
+
+def _as_written(label: str, log: _Log, row: dict[str, Any] | None) -> Run:
     start, outcome = (row or {}) | log.start, log.end | (row or {})
     memory = start.get("memory") or {}
     rate = _number((start.get("config") or {}).get("lr"))
@@ -251,7 +264,7 @@ def _read_log(path: Path) -> _Log:
                 case "diagnostics":
                     for record in event["parameters"]:
                         values = {key: _number(value) for key, value in record.items() if key != "name"}
-                        log.looks += [(step, key, record["name"], value) for key, value in values.items()]
+                        log.looks += [(step, key, str(record["name"]), value) for key, value in values.items()]
                 case "end":
                     log.end = event
             log.last_step = step

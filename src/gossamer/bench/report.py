@@ -49,7 +49,7 @@ def write_report(directory: Path) -> Path:
     body += _diagnostics(methods, styles, list(diagnosed))
     body += _details(runs)
     path = directory / "report.html"
-    path.write_text(page(title, body, drawn | diagnosed), encoding="utf-8")
+    path.write_text(page(title, body, drawn | diagnosed), encoding="utf-8", errors="replace")
     return path
 
 

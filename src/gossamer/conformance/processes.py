@@ -99,8 +99,8 @@ def _try_all(name: str, arguments: str) -> dict[str, Any]:
 
 def _run_pair(folder: Path, name: str, arguments: str, tasks: list[str]) -> ProcessFailed:
     """Have two processes write what each task returns into `folder`; the failure is of the first that is not there."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)}
-    environment |= {"OMP_NUM_THREADS": "1", "RANK": "", "WORLD_SIZE": ""}
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment |= {"PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path), "OMP_NUM_THREADS": "1"}
     children = []
     for rank in range(2):
         argv = [sys.executable, "-m", "gossamer.conformance.child", str(rank), str(folder), name, arguments, *tasks]

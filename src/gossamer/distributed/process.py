@@ -167,21 +167,51 @@ def start(device: str, timeout: float = 600.0) -> World:
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise UserError(f"device: {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    rank, size, local_rank = _launched()
+    local = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(local)
     if size == 1 or dist.is_initialized():
         return World(rank, size, local)
     patience = timedelta(seconds=timeout)
-    store, rank, size = next(rendezvous("env://", timeout=patience))
     life = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    store = PrefixStore(f"life {life}", store)  # torchrun's store still holds the addresses of those that died
     # NCCL ends the process from another thread and says little: leave the pulse time to speak first
     limit = patience + timedelta(seconds=60) if use_cuda else patience
     backend = "nccl" if use_cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=patience))
+        store = PrefixStore(f"life {life}", store)  # torchrun's store still holds the addresses of those that died
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"torchrun: cannot join the other processes: {first_line(error)}") from error
     return World(rank, size, local, life > 0, Pulse(store, rank, size, timeout))
+
+
+def _launched() -> tuple[int, int, int]:
+    """This process's rank, how many there are, and its rank on this machine: 0, 1, 0 without `torchrun`."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return 0, 1, 0
+    size = _variable("WORLD_SIZE", 1)
+    rank = _variable("RANK", 0)
+    if rank >= size:
+        raise UserError(f"torchrun: RANK is {rank}, but WORLD_SIZE is {size}")
+    if size > 1:
+        if not os.environ.get("MASTER_ADDR"):
+            raise UserError("torchrun: MASTER_ADDR is not set, but WORLD_SIZE is above 1; start with torchrun")
+        _variable("MASTER_PORT", 1)
+    return rank, size, _variable("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else 0
+
+
+def _variable(name: str, least: int) -> int:
+    """A whole number that `torchrun` sets."""
+    text = os.environ.get(name)
+    if text is None:
+        raise UserError(
+            f"torchrun: {name} is not set, but others of its variables are; start with torchrun, or unset them"
+        )
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"torchrun: {name} is {text!r}; allowed: an integer >= {least}")
+    return int(text)
 
 
 def stop() -> None:

@@ -59,6 +59,8 @@ def activations(
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
             raise UserError(f"{name}: {value} is too small; allowed: an integer >= 1")
+        if value >= 2**31:
+            raise UserError(f"{name}: {value} is too large; allowed: an integer below 2^31")
     model = meta_model(model, layers, dtype)
     longest = longest_row(getattr(model, "config", None))
     if longest is not None and seq_len > longest:
@@ -72,8 +74,8 @@ def activations(
 
         def count() -> int:
             kept = _Kept(twin)
-            inputs, targets = (torch.zeros(batch_size, seq_len, dtype=torch.int64) for _ in range(2))
             try:
+                inputs, targets = (torch.zeros(batch_size, seq_len, dtype=torch.int64) for _ in range(2))
                 with torch.autograd.graph.saved_tensors_hooks(kept.pack, _Saved.unpack):
                     value = loss(twin, inputs, targets)
                     if checkpointing:  # else everything is held when the forward pass ends

@@ -218,10 +218,11 @@ class Checkpoints:
         say(f"resuming from {found}" if found else f"no checkpoint in {config.out}: from the start")
         if found is None:
             return None
-        training = json.loads((found / "training.json").read_text())
-        check_resumable(training["config"], config)
-        if training["data"] != data:
-            raise UserError(f"resume: the training data of {source} has changed since {found} was written")
+        with reading(found):
+            training = json.loads((found / "training.json").read_text())
+            check_resumable(training["config"], config)
+            if training["data"] != data:
+                raise UserError(f"resume: the training data of {source} has changed since {found} was written")
         return found, training
 
     def restore(self, path: Path, parts: Parts, training: dict[str, Any]) -> None:
@@ -248,6 +249,19 @@ class Checkpoints:
                 kept.setdefault(owner, {})[key] = tensor
             parts.diagnostics.load_state_dict(kept)
         self.world.set_random_states(safetensors.torch.load_file(path / "random.safetensors"))
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What a checkpoint holds beside what `save` wrote makes its readers raise anything: say where it is."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"resume: {path} is not as it was saved: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -278,7 +292,7 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = dict(json.loads((path / MANIFEST).read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return f"{MANIFEST} is missing or unreadable"
     files = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
     for name in sorted({*NEEDED, *manifest} - files):

@@ -46,7 +46,13 @@ class RunLog:
 
 
 def _until(path: Path, step: int) -> list[dict[str, Any]]:
-    return [event for _, event in jsonl.read(path) if event["event"] != "end" and event.get("step", 0) <= step]
+    kept = []
+    for number, event in jsonl.read(path):
+        if not isinstance(event.get("event"), str) or not isinstance(event.get("step", 0), int):
+            raise UserError(f"{path}, line {number}: not an event of a run")
+        if event["event"] != "end" and event.get("step", 0) <= step:
+            kept.append(event)
+    return kept
 
 
 def _finite(value: Any) -> Any:

@@ -17,7 +17,7 @@ from gossamer.optim.diagnostics import Diagnostics
 from gossamer.restarts import Restarter, in_words
 from gossamer.train import log as logs
 from gossamer.train.build import build_optimizer
-from gossamer.train.checkpoint import Checkpoints, Parts
+from gossamer.train.checkpoint import Checkpoints, Parts, reading
 from gossamer.train.config import Training
 from gossamer.train.gradients import gradients_of
 from gossamer.train.job import Job, Outcome
@@ -132,10 +132,11 @@ class Run:
         config, job, found, say = self.config, self.job, None, self.display.say
         if (opened := self.checkpoints.open(config, job.source, job.fingerprint, say)) is not None:
             found, training = opened
-            self.checkpoints.restore(found, self.parts, training)
-            self.scheduler.load_state_dict(training["scheduler"])
-            self.done, self.seconds, self.tokens = training["step"], training["seconds"], training["tokens"]
-            self.skipped = training["skipped"]
+            with reading(found):
+                self.checkpoints.restore(found, self.parts, training)
+                self.scheduler.load_state_dict(training["scheduler"])
+                self.done, self.seconds, self.tokens = training["step"], training["seconds"], training["tokens"]
+                self.skipped = training["skipped"]
             if self.restarter is not None:
                 self.restarter.resume(self.done)
         for line in job.introduction:
