@@ -22,7 +22,7 @@ L = TypeVar("L", bound=Parametrization | None)
 R = TypeVar("R", bound=Restarts | None)
 
 MAY_CHANGE_ON_RESUME = {"out", "resume", "checkpointing", "compile", "eval_every", "eval_tokens", "save_every",
-                        "keep_last", "trackers", "diagnose", "diagnose_every"}  # fmt: skip
+                        "keep_last", "trackers", "diagnose", "diagnose_every", "release_gradients"}  # fmt: skip
 
 
 @dataclass(frozen=True)
