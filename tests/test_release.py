@@ -657,6 +657,14 @@ def test_pretraining_by_the_norm_of_the_step_before_resumes_exactly(tiny: Path, 
     assert ours[1] != exact[1]
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_may_begin_or_end_releasing_when_it_resumes(tiny: Path, tmp_path: Path, first: bool) -> None:
+    changes = {"save_every": 3, "clip": 0.2}
+    whole = pretrained(tiny, tmp_path / "run", release_gradients=first, **changes)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    assert_same(pretrained(tiny, tmp_path / "run", release_gradients=not first, resume=True, **changes), whole)
+
+
 @pytest.mark.parametrize("clip_by", ["two-pass", "previous"])
 def test_a_loss_that_is_not_finite_moves_nothing(
     tiny: Path, tmp_path: Path, clip_by: Any, monkeypatch: pytest.MonkeyPatch

@@ -23,7 +23,7 @@ R = TypeVar("R", bound=Restarts | None)
 
 MAY_CHANGE_ON_RESUME = {"out", "resume", "checkpointing", "compile", "eval_every", "eval_tokens", "save_every",
                         "keep_last", "trackers", "diagnose", "diagnose_every", "parallel", "timeout", "async_save",
-                        "on_nonfinite"}  # fmt: skip
+                        "on_nonfinite", "release_gradients"}  # fmt: skip
 
 
 @dataclass(frozen=True)
