@@ -14,6 +14,7 @@ FLOORS = {
     "bench": 1,
     "train": 2,
     "evaluate": 3,
+    "integrations": 3,
     "memory": 3,
     "restarts": 3,
     "conformance": 4,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gossamer
+from gossamer.distributed import whole
 from gossamer.optim.contract import build
 
 VOCABULARY, LENGTH = 64, 12
@@ -66,7 +67,7 @@ def same(ours: nn.Module, theirs: nn.Module) -> None:
     state = theirs.state_dict()
     assert ours.state_dict().keys() == state.keys()
     for key, value in ours.state_dict().items():
-        assert torch.equal(value, state[key]), key
+        assert torch.equal(whole(value), whole(state[key])), key
 
 
 def same_state(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> None:
@@ -74,7 +75,7 @@ def same_state(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> No
     assert one["state"].keys() == other["state"].keys() and one["state"]
     for index, state in one["state"].items():
         for key, value in state.items():
-            assert torch.equal(value, other["state"][index][key]), (index, key)
+            assert torch.equal(whole(value), whole(other["state"][index][key])), (index, key)
             assert value.dtype == other["state"][index][key].dtype, (index, key)
     assert [group["lr"] for group in one["param_groups"]] == [group["lr"] for group in other["param_groups"]]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
-from torchtitan.components.checkpointer.utils import canonical_fqn
-from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.components.checkpointer.utils import canonical_fqn  # pyright: ignore[reportMissingImports]
+from torchtitan.components.optimizer import OptimizersContainer  # pyright: ignore[reportMissingImports]
 
 from gossamer.errors import UserError
 from gossamer.optim import Method, Optimizer, param_groups

@@ -41,7 +41,7 @@ def for_trainer(
     rules: Rules = (),
     rounding: str = "stochastic",
     **hyperparameters: Any,
-) -> tuple[type[TrainerOptimizer], dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """What to pass as `optimizer_cls_and_kwargs` to `transformers.Trainer` or TRL's trainers.
 
     Of `args`, the optimizer takes `learning_rate`, `weight_decay` (decoupled; of every group, but as Trainer's own
