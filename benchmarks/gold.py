@@ -1,6 +1,6 @@
 """Gold answers fed back as a model's: what the judges of GSM8K, MATH-500, HumanEval and MBPP make of perfection.
 
-    python benchmarks/gold.py --gsm8k gsm8k/test.jsonl --math500 math500.jsonl --humaneval HumanEval.jsonl --mbpp mbpp.jsonl
+    python benchmarks/gold.py --gsm8k test.jsonl --math500 math500.jsonl --humaneval HumanEval.jsonl --mbpp mbpp.jsonl
 
 Of mathematical answers it also says how many `math-verify` by itself does not find equal to themselves.
 """

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from gossamer.cli import main
 from gossamer.data import IGNORED, Batch, TaskConfig
 from gossamer.data.glue import GLUE, read_glue
 from gossamer.data.instructions import ExampleRows, open_instructions, render
@@ -232,6 +233,16 @@ def test_micro_batches_change_nothing_but_rounding(base: Path, sums: str, tmp_pa
     assert one == pytest.approx(other, rel=1e-5)  # fp32 sums in another order
 
 
+def test_the_command_line_fine_tunes(base: Path, sums: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"finetune --model {base} --task instructions --data {sums} --template none --steps 2 --device cpu".split()
+    words += f"--method lora-pre --method.rank 2 --adapter.kind lora --adapter.rank 4 --out {tmp_path / 'run'}".split()
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip() == str(tmp_path / "run" / "log.jsonl")
+    assert "lora beside 14 layers" in captured.err
+    assert "instructions: 54 training examples, 6 of validation" in captured.err
+
+
 def test_epochs_become_steps(base: Path, sums: str, tmp_path: Path) -> None:
     finetune(
         make(base, tmp_path, task="instructions", data=sums, template="none", epochs=0.5, batch_size=9), quiet=True
@@ -339,6 +350,7 @@ def test_other_bad_input_is_one_line(base: Path, sums: str, tmp_path: Path, monk
     for changes, said in (
         ({"task": "gsm9k"}, "task: unknown 'gsm9k' (did you mean 'gsm8k'?)"),
         ({"task": "glue/colla"}, "unknown glue/colla (did you mean 'cola'?)"),
+        ({"task": "glue/rte", "packing": True}, "packing: means nothing to glue/rte"),
         ({"task": "instructions"}, "needs a local file"),
         ({"task": "instructions", "data": "nowhere.jsonl"}, "no such file: nowhere.jsonl"),
         ({"task": "instructions", "data": sums, "template": "chat"}, "has no chat template"),

@@ -106,6 +106,9 @@ def prepare(config: Finetune[Any, Any]) -> Material:
         rows, source = (data.train, data.valid), data.name
         return Material(folder, tokenizer, *rows, source, data.fingerprint, data.counts, data.summary, None)
     task, opened = glue_task(config.data.task), []
+    for name in ("prompt_field", "input_field", "answer_field", "packing"):
+        if getattr(config.data, name):
+            raise UserError(f"{name}: means nothing to {config.data.task}, whose rows are sentences with labels")
     for part, place in (("train", config.data.data), ("dev", config.data.valid or config.data.data)):
         labelled = read_glue(config.data.task, place, part)
         most = config.data.examples if part == "train" else config.data.valid_examples
