@@ -10,10 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 from gossamer.cli import main
 from gossamer.data import IGNORED, Batch, TaskConfig
-from gossamer.data.glue import GLUE, read_glue
+from gossamer.data.glue import GLUE, LabelledRows, read_glue
 from gossamer.data.instructions import ExampleRows, open_instructions, render
 from gossamer.errors import UserError
 from gossamer.evaluate import token_loss
@@ -283,6 +284,33 @@ def test_a_score_is_regression_where_the_label_is_a_number(base: Path, tmp_path:
         (tmp_path / f"{part}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tscore", *rows]) + "\n")
     result = finetune(make(base, tmp_path / "run", task="glue/stsb", data=str(tmp_path), steps=3), quiet=True)
     assert set(result.score.metrics) == {"pearson", "spearman"}
+
+
+def test_an_encoder_sees_pairs_as_pairs(tmp_path: Path) -> None:
+    """BERT: token types tell the sentences apart; its pooler and its head are new, and trained beside adapters."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "0", "1", "2", "3", "4", "5"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    BertForMaskedLM(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(tmp_path)
+    rows = "".join(f"{i}\ta {i % 6}\tb {'0 ' * (i % 2)}{i % 6}\t{i % 6}.0\n" for i in range(8))
+    for part in ("train", "dev"):
+        (tmp_path / f"{part}.tsv").write_text(f"index\tsentence1\tsentence2\tscore\n{rows}")
+    data = LabelledRows(read_glue("glue/stsb", str(tmp_path), "dev"), load_tokenizer(tmp_path), 7, regression=True)
+    batch = data.batch(1, 2, None)
+    assert batch.inputs["input_ids"].tolist() == [[2, 5, 8, 3, 6, 7, 3], [2, 5, 9, 3, 6, 9, 3]]  # the first one is cut
+    assert batch.inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1]] * 2
+    assert data.num_cut == 4 and batch.targets.tolist() == [1.0, 2.0] and batch.tokens == 14
+    config = make(tmp_path, tmp_path / "run", task="glue/stsb", data=str(tmp_path), adapter=Adapter("lora", rank=2))
+    finetune(config, quiet=True)
+    names = {row["name"] for row in events(tmp_path / "run", "start")[0]["plan"]}
+    assert {"bert.pooler.dense.weight", "classifier.weight"} <= names
+    assert all("lora_" in name for name in names if "pooler" not in name and "classifier" not in name)
 
 
 @pytest.mark.parametrize("name", GLUE)

@@ -143,11 +143,9 @@ class _Tuning(ABC):
         self.replaced: list[str] = []
         self.introduction = [material.summary]
         if config.adapter.kind is not None:
-            self.replaced = layers.adapt(model, config.adapter, seed=config.seed)
+            head = [] if task is None else new_parts(model)
+            self.replaced = layers.adapt(model, config.adapter, trained=head, seed=config.seed)
             self.introduction.insert(0, f"{config.adapter.kind} beside {len(self.replaced)} layers")
-            if task is not None:
-                for name in new_parts(model):
-                    model.get_parameter(name).requires_grad_(True)
         if config.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = model.train()
