@@ -66,7 +66,7 @@ def plan(run: Run) -> dict[str, Any]:
     model = meta_model(run.shape, None, config.width)
     if config.adapter.kind is not None:
         adapt(model, config.adapter)
-    memory = predict(model, config.method, fallback=config.fallback)
+    memory = predict(model, config.method, fallback=config.fallback, implementation="auto")
     length, rows = config.data.max_length or 512, config.micro_batch_size or config.batch_size
     kept = activations(model, rows, length, config.checkpointing, loss=token_loss)
     epochs = config.epochs or 1.0

@@ -48,7 +48,7 @@ TABLE_2 = ScoreTable(
 """MetaMath100k, rank 8, learning rate 2e-5. Its other rows (rsLoRA, DoRA, GaLore, Muon) were not to be found."""
 
 SECOND_BEST = {"llama-3.1-8b": 44.46, "llama-2-7b": 27.27}
-"""Average of the two tasks, of the best other method based on Adam, from the gains that the paper states. second-hand"""
+"""Averages of the two tasks, of the best other method based on Adam, from the gains that are stated. second-hand"""
 
 EXAMPLES = 100_000
 METHODS: dict[str, tuple[Any, Adapter]] = {
@@ -67,7 +67,7 @@ def llama_3_8b() -> PretrainedConfig:
 
     return LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=131072, rope_theta=500000.0, tie_word_embeddings=False,
+        num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=False,
         use_cache=False,
     )  # fmt: skip
 

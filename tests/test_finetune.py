@@ -10,9 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
+from gossamer.cli import main
 from gossamer.data import IGNORED, Batch, TaskConfig
-from gossamer.data.glue import GLUE, read_glue
+from gossamer.data.glue import GLUE, LabelledRows, read_glue
 from gossamer.data.instructions import ExampleRows, open_instructions, render
 from gossamer.errors import UserError
 from gossamer.evaluate import token_loss
@@ -232,6 +234,16 @@ def test_micro_batches_change_nothing_but_rounding(base: Path, sums: str, tmp_pa
     assert one == pytest.approx(other, rel=1e-5)  # fp32 sums in another order
 
 
+def test_the_command_line_fine_tunes(base: Path, sums: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"finetune --model {base} --task instructions --data {sums} --template none --steps 2 --device cpu".split()
+    words += f"--method lora-pre --method.rank 2 --adapter.kind lora --adapter.rank 4 --out {tmp_path / 'run'}".split()
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip() == str(tmp_path / "run" / "log.jsonl")
+    assert "lora beside 14 layers" in captured.err
+    assert "instructions: 54 training examples, 6 of validation" in captured.err
+
+
 def test_epochs_become_steps(base: Path, sums: str, tmp_path: Path) -> None:
     finetune(
         make(base, tmp_path, task="instructions", data=sums, template="none", epochs=0.5, batch_size=9), quiet=True
@@ -272,6 +284,33 @@ def test_a_score_is_regression_where_the_label_is_a_number(base: Path, tmp_path:
         (tmp_path / f"{part}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tscore", *rows]) + "\n")
     result = finetune(make(base, tmp_path / "run", task="glue/stsb", data=str(tmp_path), steps=3), quiet=True)
     assert set(result.score.metrics) == {"pearson", "spearman"}
+
+
+def test_an_encoder_sees_pairs_as_pairs(tmp_path: Path) -> None:
+    """BERT: token types tell the sentences apart; its pooler and its head are new, and trained beside adapters."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "0", "1", "2", "3", "4", "5"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    BertForMaskedLM(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(tmp_path)
+    rows = "".join(f"{i}\ta {i % 6}\tb {'0 ' * (i % 2)}{i % 6}\t{i % 6}.0\n" for i in range(8))
+    for part in ("train", "dev"):
+        (tmp_path / f"{part}.tsv").write_text(f"index\tsentence1\tsentence2\tscore\n{rows}")
+    data = LabelledRows(read_glue("glue/stsb", str(tmp_path), "dev"), load_tokenizer(tmp_path), 7, regression=True)
+    batch = data.batch(1, 2, None)
+    assert batch.inputs["input_ids"].tolist() == [[2, 5, 8, 3, 6, 7, 3], [2, 5, 9, 3, 6, 9, 3]]  # the first one is cut
+    assert batch.inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1]] * 2
+    assert data.num_cut == 4 and batch.targets.tolist() == [1.0, 2.0] and batch.tokens == 14
+    config = make(tmp_path, tmp_path / "run", task="glue/stsb", data=str(tmp_path), adapter=Adapter("lora", rank=2))
+    finetune(config, quiet=True)
+    names = {row["name"] for row in events(tmp_path / "run", "start")[0]["plan"]}
+    assert {"bert.pooler.dense.weight", "classifier.weight"} <= names
+    assert all("lora_" in name for name in names if "pooler" not in name and "classifier" not in name)
 
 
 @pytest.mark.parametrize("name", GLUE)
@@ -339,6 +378,7 @@ def test_other_bad_input_is_one_line(base: Path, sums: str, tmp_path: Path, monk
     for changes, said in (
         ({"task": "gsm9k"}, "task: unknown 'gsm9k' (did you mean 'gsm8k'?)"),
         ({"task": "glue/colla"}, "unknown glue/colla (did you mean 'cola'?)"),
+        ({"task": "glue/rte", "packing": True}, "packing: means nothing to glue/rte"),
         ({"task": "instructions"}, "needs a local file"),
         ({"task": "instructions", "data": "nowhere.jsonl"}, "no such file: nowhere.jsonl"),
         ({"task": "instructions", "data": sums, "template": "chat"}, "has no chat template"),

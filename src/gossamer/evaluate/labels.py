@@ -66,9 +66,12 @@ def predict_labels(model: nn.Module, rows: Rows, size: int, world: World) -> Ten
     model.eval()
     parts: dict[int, Tensor] = {}
     starts = range(0, rows.num_rows, size)
-    for index in range(world.rank, len(starts), world.size):
-        batch = rows.batch(starts[index], size, None).to(world.device)
-        parts[starts[index]] = model(**batch.inputs).logits.double()
+    for index in range(world.rank, -(-len(starts) // world.size) * world.size, world.size):
+        # past the end the last batch again: a sharded model's forward pass needs every process
+        start = starts[min(index, len(starts) - 1)]
+        logits = model(**rows.batch(start, size, None).to(world.device).inputs).logits.double()
+        if index < len(starts):
+            parts[start] = logits
     width: Any = model.config.num_labels  # pyright: ignore
     logits = torch.zeros(rows.num_rows, width, dtype=torch.float64, device=world.device)
     for start, part in parts.items():

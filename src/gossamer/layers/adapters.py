@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,10 +37,13 @@ class Adapter:
             )
 
 
-def adapt(model: nn.Module, adapter: Adapter, *, seed: int = 0) -> list[str]:
+def adapt(model: nn.Module, adapter: Adapter, *, trained: Sequence[str] = (), seed: int = 0) -> list[str]:
     """Freeze `model` and put adapters beside its linear layers, in place; returns the layers' names.
 
     The global random state is left as it was.
+
+    Args:
+        trained: names of parameters that are trained as they are: a new head.
 
     Raises:
         UserError: `peft` is not installed, a target that matches no hidden linear layer.
@@ -48,7 +52,7 @@ def adapt(model: nn.Module, adapter: Adapter, *, seed: int = 0) -> list[str]:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise UserError("adapter: peft is not installed; pip install 'gossamer[finetune]'") from error
-    linears = [name for name, _ in hidden_linears(model)]
+    linears = [name for name, _ in hidden_linears(model) if f"{name}.weight" not in trained]
     for pattern in adapter.targets:
         if not matching(pattern, linears, "adapter.targets"):
             raise UserError(f"adapter.targets: {pattern!r} matches no hidden linear layer")
@@ -66,6 +70,8 @@ def adapt(model: nn.Module, adapter: Adapter, *, seed: int = 0) -> list[str]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
+    for name in trained:
+        model.get_parameter(name).requires_grad_(True)
     return chosen
 
 

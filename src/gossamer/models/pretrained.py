@@ -61,7 +61,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model, or with `labels` a sequence classifier with as many outputs, in evaluation mode.
 
-    A classifier's head that the folder does not hold is drawn anew; the global random state is left as it was.
+    A classifier's head (with its pooler) that the folder does not hold is drawn anew; the global random state is left
+    as it was.
 
     Raises:
         UserError: weights that are missing or cannot be read; a head of another width.
@@ -89,8 +90,7 @@ def load_model(
         logging.set_verbosity(loud)
         if shown:
             logging.enable_progress_bar()
-    body = model.base_model_prefix + "."
-    if missing := sorted(name for name in report["missing_keys"] if labels is None or name.startswith(body)):
+    if missing := sorted(n for n in report["missing_keys"] if labels is None or not _of_head(model, n)):
         raise UserError(f"model: {folder} lacks {len(missing)} weights, such as {missing[0]}")
     model.config.use_cache = False
     model.config.architectures = [type(model).__name__]
@@ -112,6 +112,10 @@ def _check_head(folder: Path, labels: int) -> None:
 
 
 def new_parts(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters that stand on top of the model's body: its head."""
-    body = model.base_model_prefix + "."
-    return [name for name, _ in model.named_parameters() if not name.startswith(body)]
+    """Names of the parameters of a classifier's head."""
+    return [name for name, _ in model.named_parameters() if _of_head(model, name)]
+
+
+def _of_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter stands on top of the body; so does BERT's pooler, which only some of its models have."""
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name

@@ -106,6 +106,9 @@ def prepare(config: Finetune[Any, Any]) -> Material:
         rows, source = (data.train, data.valid), data.name
         return Material(folder, tokenizer, *rows, source, data.fingerprint, data.counts, data.summary, None)
     task, opened = glue_task(config.data.task), []
+    for name in ("prompt_field", "input_field", "answer_field", "packing"):
+        if getattr(config.data, name):
+            raise UserError(f"{name}: means nothing to {config.data.task}, whose rows are sentences with labels")
     for part, place in (("train", config.data.data), ("dev", config.data.valid or config.data.data)):
         labelled = read_glue(config.data.task, place, part)
         most = config.data.examples if part == "train" else config.data.valid_examples
@@ -140,11 +143,9 @@ class _Tuning(ABC):
         self.replaced: list[str] = []
         self.introduction = [material.summary]
         if config.adapter.kind is not None:
-            self.replaced = layers.adapt(model, config.adapter, seed=config.seed)
+            head = [] if task is None else new_parts(model)
+            self.replaced = layers.adapt(model, config.adapter, trained=head, seed=config.seed)
             self.introduction.insert(0, f"{config.adapter.kind} beside {len(self.replaced)} layers")
-            if task is not None:
-                for name in new_parts(model):
-                    model.get_parameter(name).requires_grad_(True)
         if config.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = model.train()
