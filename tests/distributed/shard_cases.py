@@ -121,7 +121,7 @@ def trained(name: str, shape: tuple[int, ...], mesh: DeviceMesh | None, **option
 
 
 def full(x: Tensor) -> Tensor:
-    return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach().clone()
+    return (x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()).clone()
 
 
 def keys(opt: gossamer.Optimizer) -> dict[str, Any]:
@@ -382,8 +382,7 @@ def resets() -> dict[str, Any]:
         for place in (lambda x: sharded(x, mesh), lambda x: x):
             param = nn.Parameter(place(start((11, 5))))
             opt = optimizer(name, param)
-            grads = gradients((11, 5), 3)
-            for step, grad in enumerate(grads):
+            for step, grad in enumerate(2 * gradients((11, 5), 2)):
                 report = opt.reset(["w"], ["m"]) if step == 2 else None
                 param.grad = place(grad)
                 opt.step()
