@@ -19,8 +19,6 @@ the a river lantern slowly turned over old stone and bright morning wind carried
 children sang of winter bread while an engine waited under seven green lamps
 """
 
-needs_sharded_steps = pytest.mark.skip(reason="needs sharded steps: the optimizer does not step DTensors yet")
-
 
 def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
     """A script (or `-m`, a module) of the repository under torchrun, which chooses its own port."""

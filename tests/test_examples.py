@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, needs_sharded_steps, torchrun
+from tests.conftest import ROOT, torchrun
 
 EXAMPLES = ROOT / "examples"
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -59,7 +59,6 @@ def test_lightning(run: Run) -> None:
     assert more < seen[-1]
 
 
-@needs_sharded_steps
 def test_fsdp2(tmp_path: Path) -> None:
     example, folder = str(EXAMPLES / "torchrun_fsdp2.py"), ("--folder", str(tmp_path))
     done = torchrun(2, example, "--steps", "9", *folder)

@@ -30,7 +30,7 @@ from gossamer.train import pretrain
 from gossamer.train.checkpoint import MANIFEST, _digest
 from tests.test_train import assert_same_end, checkpoints, events, finish, losses, make, start_child
 
-LOSS = "gossamer.train.loop.token_loss"
+LOSS = "gossamer.train.pretraining.token_loss"
 
 
 # ---- death -----------------------------------------------------------------------------------------------------------

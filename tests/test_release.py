@@ -679,7 +679,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(
         before.append(copy.deepcopy(model.state_dict()))
         return token_loss(model, inputs, targets) * (math.nan if len(models) == 3 else 1)
 
-    monkeypatch.setattr("gossamer.train.loop.token_loss", loss)
+    monkeypatch.setattr("gossamer.train.pretraining.token_loss", loss)
     with pytest.raises(UserError, match=r"^step 3: the loss is nan and the gradient norm is .*; stopped "):
         pretrained(tiny, tmp_path / "run", release_gradients=True, clip_by=clip_by)
     assert len(models) == 3
@@ -691,6 +691,10 @@ def test_a_loss_that_is_not_finite_moves_nothing(
     [
         ({"clip_by": "previous"}, "clip_by: 'previous' without gradients that are released and clipped"),
         ({"clip_by": "previous", "release_gradients": True, "clip": 0.0}, "add --release-gradients, with --clip above"),
+        (
+            {"on_nonfinite": "skip", "release_gradients": True, "clip": 0.0},
+            "on_nonfinite: 'skip' with gradients that are",
+        ),
         ({"compile": True, "release_gradients": True}, "release_gradients: a compiled model .* leave out --compile"),
     ],
 )
@@ -699,10 +703,10 @@ def test_options_that_do_not_fit(changes: dict[str, Any], words: str) -> None:
         Pretrain(AdamW(), **changes)
 
 
-def test_several_processes_are_refused() -> None:
+def test_replicas_are_refused() -> None:
     model = net()
     config = Pretrain(AdamW(), release_gradients=True)
-    with refused("allowed in one process, here are 2"):
+    with refused("2 processes with --parallel ddp, which keeps all gradients"):
         gradients_of(config, model, optimizer(model), World(0, 2, torch.device("cpu")))
 
 

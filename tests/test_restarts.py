@@ -468,7 +468,7 @@ def test_four_combinations_are_four_trajectories(tiny: Path, tmp_path: Path) -> 
         ({"restarts": Restarts(5, recovery_steps=2)}, "resume: restarts.every was 4 in the checkpoint and is 5 now"),
         ({"restarts": Restarts(4, recovery_steps=2, scope="all")}, "resume: restarts.scope was 'factors'"),
         ({"restarts": Restarts(4, recovery_steps=2, reset=None)}, "resume: restarts.reset was 'moments'"),
-        ({"layers": None, "restarts": None}, "resume: layers"),
+        ({"layers": None, "restarts": None}, "resume: restarts.every was 4 in the checkpoint and is None now"),
         ({"layers": SLTrain(rank=5, alpha=4, density=0.1)}, "resume: layers.rank was 4 in the checkpoint and is 5 now"),
         ({"layers": LowRank(rank=4, alpha=4)}, "resume: layers.name was 'sltrain' in the checkpoint and is 'low-rank'"),
         ({"layer_targets": ("mlp",)}, "resume: layer_targets was"),

@@ -5,7 +5,6 @@ The processes run this same file, from the bottom; each makes all the runs of a 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import runpy
@@ -37,7 +36,6 @@ from tests.test_train import checkpoints, events, free_port, losses, make, proce
 Run = dict[str, Any]
 """What a process does: a `config` to train, or a `folder` to write tensors to or read them from."""
 
-KNOWS_SHARDS = importlib.util.find_spec("gossamer.rows") is not None
 METHODS = {"adamw": {}, "lora-pre": {"rank": 4}, "mlorc": {"rank": 4}, "gossamer": {"rank": 4}, "galore": {"rank": 4},
            "muon": {}}  # fmt: skip
 SIZES = (1, 2, 4)
@@ -119,7 +117,7 @@ def spoil(patch: pytest.MonkeyPatch, rank: int, call: int, full: bool) -> None:
             raise OSError(28, "No space left on device")
         return value * float("nan")
 
-    patch.setattr("gossamer.train.loop.token_loss", loss)
+    patch.setattr("gossamer.train.pretraining.token_loss", loss)
 
 
 # ---- the numbers of one process --------------------------------------------------------------------------------------
@@ -129,7 +127,7 @@ def spoil(patch: pytest.MonkeyPatch, rank: int, call: int, full: bool) -> None:
 def curves(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[list[float]]]:
     """The losses of 50 steps of a method on one process and on two, sharded: all that can be are trained at once."""
     folder = tmp_path_factory.mktemp("curves")
-    names = list(METHODS) if KNOWS_SHARDS else ["adamw"]
+    names = list(METHODS)
     alike = {"steps": 50, "eval_every": 25, "eval_tokens": 300, "save_every": 0, "parallel": "fsdp2"}
     for size in (1, 2):
         runs = [{"config": config(tiny, folder / str(size) / name, name, **alike)} for name in names]
@@ -142,10 +140,23 @@ def curves(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 @pytest.mark.parametrize("name", METHODS)
 def test_a_sharded_model_trains_as_on_one_process(curves: Callable[[str], list[list[float]]], name: str) -> None:
     """1e-5: sums over the batch in another order, 6e-8, which the division by small second moments amplifies."""
-    if name != "adamw" and not KNOWS_SHARDS:
-        pytest.skip("the optimizer does not know sharded parameters yet")
     one, two = curves(name)
     assert len(one) == 52 and two == pytest.approx(one, rel=1e-5)
+
+
+def test_released_gradients_of_shards_train_alike(tiny: Path, tmp_path: Path) -> None:
+    """By two passes over micro-batches, each reduced by itself, hence the tolerance above; muon's whole matrices are
+    gathered in the backward pass."""
+    names, alike = ["gossamer", "muon"], {"steps": 4, "save_every": 0, "parallel": "fsdp2", "micro_batch_size": 1}
+    runs: list[Run] = [
+        {"config": config(tiny, tmp_path / f"{name}-{release}", name, release_gradients=release, **alike)}
+        for name in names
+        for release in (True, False)
+    ]
+    together(2, runs, tmp_path / "said")
+    for name in names:
+        released, held = (losses(tmp_path / f"{name}-{release}") for release in (True, False))
+        assert len(held) == 4 and released == pytest.approx(held, rel=1e-5)
 
 
 @pytest.mark.parametrize("layers", ["low-rank", "sltrain", "relora"])
@@ -246,7 +257,7 @@ def test_a_run_saved_on_some_processes_goes_on_on_others(tiny: Path, tmp_path: P
     Tolerance as above. The state itself is carried over exactly, as the test before this one shows.
     """
     how: dict[int, Run] = {1: {}, 2: {"parallel": "fsdp2"}, 4: {"parallel": "fsdp2", "async_save": True}}
-    names = ["adamw", "mlorc", "galore"] if KNOWS_SHARDS else ["adamw"]
+    names = ["adamw", "mlorc", "galore"]
     for size in SIZES:
         runs = [{"config": config(tiny, tmp_path / name / f"{size}", name, **how[size])} for name in names]
         together(size, runs, tmp_path / "said")

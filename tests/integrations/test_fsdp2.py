@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 import gossamer
 from gossamer.integrations import for_trainer
-from tests.conftest import needs_sharded_steps, torchrun
+from tests.conftest import torchrun
 from tests.integrations.conftest import every_method, llama, one_each, rows
 
 STEPS, HALF, ROWS = 4, 2, 4
@@ -47,7 +47,6 @@ def trained(folder: Path, processes: int, resume: bool = False) -> Trainer:
     return trainer
 
 
-@needs_sharded_steps
 def test_two_processes_train_as_one_and_resume(tmp_path: Path) -> None:
     done = torchrun(2, "-m", "tests.integrations.test_fsdp2", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

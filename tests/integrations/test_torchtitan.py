@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 import gossamer
 from gossamer import UserError
-from tests.conftest import needs_sharded_steps, torchrun
+from tests.conftest import torchrun
 from tests.integrations.conftest import every_method, one_each, same, same_state
 
 pytest.importorskip("torchtitan", reason="pip install torchtitan==0.3.0 (in an environment of its own: old datasets)")
@@ -98,7 +98,6 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     check_resume(tmp_path)
 
 
-@needs_sharded_steps
 def test_a_sharded_run_resumes_too(tmp_path: Path) -> None:
     done = torchrun(2, "-m", "tests.integrations.test_torchtitan", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -294,6 +294,10 @@ class Optimizer(torch.optim.Optimizer):
         held = state if layout is None else {k: local(tensor) for k, tensor in state.items()}
         return Sweep(grad, held, context, arithmetic_dtype(param), group["maximize"], write, self._scratch)
 
+    def fresh_state(self, name: str, param: nn.Parameter, group: dict[str, Any]) -> State:
+        """What is kept for a parameter before its first step; of a DTensor on its mesh."""
+        return init_state(group["method"], param, sharding.layout_of(name, param, hash63(group["seed"], name)))
+
     def _step_by_reference(self, name: str, group: dict[str, Any], sweep: Sweep) -> None:
         grad = sweep.whole()
         direction = group["method"].update(grad, sweep.state, sweep.context)

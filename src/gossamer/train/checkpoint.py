@@ -23,7 +23,6 @@ from gossamer.errors import UserError, first_line
 from gossamer.layers import plain, stand_ins
 from gossamer.optim import Optimizer
 from gossamer.optim.diagnostics import Diagnostics
-from gossamer.optim.optimizer import init_state
 from gossamer.train.config import Training, check_resumable
 
 MANIFEST = "manifest.json"
@@ -236,7 +235,7 @@ class Checkpoints:
         tensors = {f"{self._weights}/{name}": tensor for name, tensor in weights.items()}
         for index, (name, param, group) in enumerate(parts.optimizer.members()):
             if f"optimizer/{name}/step" in there:  # else it never had a gradient
-                fresh[index] = init_state(group["method"], param.detach())
+                fresh[index] = parts.optimizer.fresh_state(name, param, group)
                 tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in fresh[index].items()}
         storage.load(path, tensors)
         # what modules derive from a buffer they derive again where it is loaded the usual way

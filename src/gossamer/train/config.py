@@ -122,6 +122,11 @@ class Training(Generic[M, R]):
                 f"clip_by: {self.clip_by!r} without gradients that are released and clipped, which are clipped by this "
                 "step's norm; add --release-gradients, with --clip above 0"
             )
+        if self.release_gradients and self.on_nonfinite == "skip" and (self.clip_by != "two-pass" or not self.clip):
+            raise UserError(
+                "on_nonfinite: 'skip' with gradients that are released before their norm is known; allowed: 'stop', or "
+                "--clip above 0 by two-pass"
+            )
         if self.release_gradients and self.compile:
             raise UserError("release_gradients: a compiled model hands over all gradients at once; leave out --compile")
         for name in ("compile", "diagnose"):

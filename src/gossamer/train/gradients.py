@@ -18,6 +18,8 @@ class Held:
 
     stopped = "before the update"
     """Where a run stops whose norm is not finite."""
+    averaged_at_once = False
+    """Whether each micro-batch's gradients are averaged over processes, rather than the sum of all."""
 
     def __init__(self, model: nn.Module, clip: float) -> None:
         self.model, self.clip = model, clip
@@ -34,7 +36,10 @@ class Held:
 class Released:
     """Each until its parameter has stepped, in the backward pass of the last micro-batch."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, clip: float, clip_by: str) -> None:
+    averaged_at_once = True  # a norm that is measured before the last pass has to see the others' rows
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, clip: float, clip_by: str, world: World) -> None:
+        self.world = world
         self.two_passes = clip > 0 and clip_by == "two-pass"
         way = "two-pass" if self.two_passes else "previous"  # which measures in passing, and scales nothing by inf
         self.released = release_gradients(model, optimizer, max_norm=clip or math.inf, clip=way)
@@ -48,8 +53,8 @@ class Released:
         if self.two_passes:
             with self.released.measure():
                 loss.backward(retain_graph=True)
-        if math.isfinite(loss.detach()) and math.isfinite(self.released.norm):
-            loss.backward()  # else the run stops, and nothing has moved
+        if not self.world.any(not math.isfinite(loss.detach() + self.released.norm)):
+            loss.backward()  # else nothing of this step has moved
 
     def norm(self) -> float:
         return float(self.released.norm)
@@ -59,12 +64,13 @@ def gradients_of(config: Training[Any, Any], model: nn.Module, optimizer: Optimi
     """How this run treats them.
 
     Raises:
-        UserError: to be released in several processes.
+        UserError: to be released where every process holds the whole model.
     """
     if not config.release_gradients:
         return Held(model, config.clip)
-    if world.size > 1:
+    if world.size > 1 and config.parallel == "ddp":
         raise UserError(
-            f"release_gradients: allowed in one process, here are {world.size}, and averaging keeps all gradients"
+            f"release_gradients: {world.size} processes with --parallel ddp, which keeps all gradients to average them; "
+            "allowed: fsdp2, or one process"
         )
-    return Released(model, optimizer, config.clip, config.clip_by)
+    return Released(model, optimizer, config.clip, config.clip_by, world)

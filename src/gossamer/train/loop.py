@@ -169,7 +169,7 @@ class Run:
         nats = torch.zeros((), device=world.device)
         for i in range(len(parts)):
             last = i == len(parts) - 1
-            with world.accumulating(self.replica, last):
+            with world.accumulating(self.replica, last or self.gradients.averaged_at_once):
                 part = self.job.loss(self.replica, parts[i].to(world.device))
                 self.gradients.backward(part * (world.size / count), last)
             nats += part.detach()
