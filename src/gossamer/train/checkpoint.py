@@ -43,9 +43,9 @@ class Checkpoints:
 
     Tensors lie in plain safetensors files that any number of processes reads (`gossamer.distributed.storage`):
     `model`, which with `config.json` and the tokenizer's files is what `transformers` loads; `layers` if some layers
-    are low-rank or have adapters (the weights as they are trained; `model` is dense then); `optimizer`; `diagnostics`
-    if there are any; `random`, the state of each process's generators. Everything else is in `training.json`, and a
-    manifest has the digest of every file. Nothing is pickled.
+    are low-rank or have adapters (the weights as they are trained; `model` is dense then); `optimizer`; `groups`, what
+    its groups hold in tensors, and `diagnostics` if there are any; `random`, the state of each process's generators.
+    Everything else is in `training.json`, and a manifest has the digest of every file. Nothing is pickled.
 
     Args:
         model: before it is sharded.
@@ -74,7 +74,15 @@ class Checkpoints:
         """
         assert self._in_flight is None, "settle first"
         draft = self.folder / f".draft-{step:08d}"
-        groups = parts.optimizer.state_dict()["param_groups"]
+        entries = [
+            (index, key, value)
+            for index, group in enumerate(parts.optimizer.state_dict()["param_groups"])
+            for key, value in group.items()
+        ]
+        groups: list[dict[str, Any]] = [{} for _ in parts.optimizer.param_groups]
+        for index, key, value in entries:
+            if not isinstance(value, Tensor):
+                groups[index][key] = value
 
         def begin() -> None:
             with self._guard(step):
@@ -90,6 +98,7 @@ class Checkpoints:
         if parts.diagnostics is not None:
             kept = parts.diagnostics.state_dict().items()
             tensors |= {f"diagnostics/{name}/{key}": tensor for name, state in kept for key, tensor in state.items()}
+        tensors |= {f"groups/{index}/{key}": value for index, key, value in entries if isinstance(value, Tensor)}
         tensors |= {f"random/{name}": tensor for name, tensor in self.world.random_states().items()}
 
         def finish() -> None:
@@ -240,12 +249,11 @@ class Checkpoints:
         storage.load(path, tensors)
         # what modules derive from a buffer they derive again where it is loaded the usual way
         parts.model.load_state_dict({name: weights[name] for name, _ in _buffers(parts.model)}, strict=False)
-        parts.optimizer.load_state_dict({"state": fresh, "param_groups": training["groups"]})
-        if parts.diagnostics is not None and (path / "diagnostics.safetensors").exists():  # else they begin here
-            kept: dict[str, dict[str, Tensor]] = {}
-            for name, tensor in safetensors.torch.load_file(path / "diagnostics.safetensors").items():
-                owner, _, key = name.rpartition("/")
-                kept.setdefault(owner, {})[key] = tensor
+        groups = training["groups"]
+        for index, values in _by_owner(path / "groups.safetensors").items():
+            groups[int(index)] |= values
+        parts.optimizer.load_state_dict({"state": fresh, "param_groups": groups})
+        if parts.diagnostics is not None and (kept := _by_owner(path / "diagnostics.safetensors")):  # else they begin
             parts.diagnostics.load_state_dict(kept)
         self.world.set_random_states(safetensors.torch.load_file(path / "random.safetensors"))
 
@@ -281,6 +289,15 @@ def _state(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     for name, param, _ in optimizer.members():
         for key, tensor in optimizer.state.get(param, {}).items():
             yield f"{name}/{key}", tensor
+
+
+def _by_owner(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a file by what stands in front of their names' last slash; none if there is no such file."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in (safetensors.torch.load_file(path) if path.exists() else {}).items():
+        owner, _, key = name.rpartition("/")
+        found.setdefault(owner, {})[key] = tensor
+    return found
 
 
 def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:

@@ -70,7 +70,7 @@ def gradients_of(config: Training[Any, Any], model: nn.Module, optimizer: Optimi
         return Held(model, config.clip)
     if world.size > 1 and config.parallel == "ddp":
         raise UserError(
-            f"release_gradients: {world.size} processes with --parallel ddp, which keeps all gradients to average them; "
+            f"release_gradients: {world.size} processes with --parallel ddp, which keeps all gradients to average; "
             "allowed: fsdp2, or one process"
         )
     return Released(model, optimizer, config.clip, config.clip_by, world)
