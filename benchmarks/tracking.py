@@ -32,7 +32,7 @@ from gossamer.evaluate import token_loss
 from gossamer.models import build_model, resolve_config
 from gossamer.optim.contract import Context, Method, State
 from gossamer.train import log as logs
-from gossamer.train.schedule import Cosine
+from gossamer.train.schedule import Schedule
 
 BETAS = (0.9, 0.95)
 FLOOR = "best rank-r"
@@ -105,7 +105,7 @@ def measure(options: Tracking) -> list[dict[str, Any]]:
     model = build_model(resolve_config("tiny"), dtype=torch.float32, device="cpu", seed=options.seed).train()
     groups = gossamer.param_groups(model, gossamer.AdamW(betas=BETAS), fallback_lr=4e-3)
     optimizer = gossamer.Optimizer(groups, lr=options.lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, Cosine(options.steps, options.steps // 10, 0.1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(options.steps, options.steps // 10, 0.1))
     hidden = [
         (name, param)
         for group in groups

@@ -46,3 +46,13 @@ def cells(
         method: {size: Published(*pair) for size, pair in zip(sizes, pairs, strict=True)}
         for method, pairs in methods.items()
     }
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """A table of fine-tuned models: model, then method, then task, then per cent."""
+
+    name: str
+    source: str
+    reliability: Reliability
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]]

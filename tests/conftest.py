@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+ROOT = Path(__file__).parent.parent
 WORDS = """
 the a river lantern slowly turned over old stone and bright morning wind carried salt from harbour to quiet hill where
 children sang of winter bread while an engine waited under seven green lamps
 """
+
+
+def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """A script (or `-m`, a module) of the repository under torchrun, which chooses its own port."""
+    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
+    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=250)
 
 
 def prose(characters: int, seed: int) -> str:
@@ -72,3 +81,42 @@ def small(tiny: Path) -> list[str]:
         *("--vocab-size", "300", "--seq-len", "32", "--device", "cpu", "--batch-size", "4"),
         *("--steps", "4", "--eval-tokens", "100"),
     ]
+
+
+@pytest.fixture(scope="session")
+def base(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the hub has them: a Llama of random weights with room for 512 tokens, and a tokenizer of 300."""
+    from gossamer.data.sources import open_source
+    from gossamer.data.tokenizers import train_bpe
+    from gossamer.models import build_model, resolve_config
+
+    folder = tmp_path_factory.mktemp("base")
+    shape = json.loads((tiny / "config.json").read_text()) | {"max_position_embeddings": 512}
+    (folder / "config.json").write_text(json.dumps(shape))
+    model = build_model(resolve_config(str(folder)), dtype=torch.float32, device="cpu", seed=0)
+    model.save_pretrained(folder)
+    train_bpe(open_source(str(tiny / "train.txt"), "train", "text"), 300).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Sixty additions as a file of instructions."""
+    pairs = [(i % 7, (3 * i) % 8) for i in range(60)]
+    path = tmp_path_factory.mktemp("sums") / "sums.jsonl"
+    records = [{"instruction": f"{a}+{b}", "output": str(a + b)} for a, b in pairs]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.tsv and dev.tsv as SST-2 has them: 1 where the second word is `red`."""
+    folder, draw = tmp_path_factory.mktemp("colours"), random.Random(0)
+    for name, count in (("train", 120), ("dev", 40)):
+        lines = ["sentence\tlabel"]
+        for _ in range(count):
+            colour = draw.choice(["red", "blue"])
+            lines.append(f"the {colour} {draw.choice(WORDS.split())}\t{int(colour == 'red')}")
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return folder

@@ -10,10 +10,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from tokenizers import Tokenizer as Backend
 
 import gossamer.data as data
 from gossamer.data import DataConfig, Tokenizer, TokenStream, open_corpus, shards
+from gossamer.data.cache import partial
 from gossamer.data.shards import Budget, Shards, open_shards
 from gossamer.data.sources import Files, HeldOut, Source, StandardLibrary, open_sources
 from gossamer.data.tokenizers import FastTokenizer, open_tokenizer, train_bpe
@@ -366,10 +369,21 @@ def test_second_open_does_not_tokenise_and_a_changed_file_does(tmp_path: Path, m
 
 def test_big_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write_jsonl(tmp_path / "train.jsonl", TEXTS)
-    os.utime(path, (1e9, 1e9))
+    later(monkeypatch, 10)
     first = Files("a", [path], "text", "a").fingerprint
-    monkeypatch.setattr("hashlib.file_digest", None)  # would fail if called
-    assert Files("a", [path], "text", "a").fingerprint == first
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", None)  # would fail if called
+        assert Files("a", [path], "text", "a").fingerprint == first
+    status = path.stat()
+    write_jsonl(path, [text.replace("Document", "document") for text in TEXTS])  # as long as before ...
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # ... and, it says, as old
+    assert Files("a", [path], "text", "a").fingerprint != first
+
+
+def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """For the cache it is later than it is."""
+    now = time.time() + seconds
+    monkeypatch.setattr("gossamer.data.cache.time", SimpleNamespace(time=lambda: now))
 
 
 @pytest.mark.parametrize("damage", ["tokens.bin", "offsets.npy", "hashes.npy", "meta.json"])
@@ -402,6 +416,22 @@ def test_killed_process_leaves_nothing_taken_for_complete(cache: Path):
     assert done.returncode == -signal.SIGKILL
     assert [entry.name.startswith(".partial-") for entry in (cache / "shards").iterdir()] == [True]
     assert open_shards(Documents(TEXTS), Bytes()).tokens.tolist() == concatenated(TEXTS)
+
+
+def test_what_killed_processes_left_is_deleted_and_what_living_ones_make_is_not(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = cache / "shards"
+    left = folder / ".partial-left"
+    left.mkdir(parents=True)
+    (left / "tokens.bin").write_bytes(b"half")
+    with partial(folder) as making:
+        open_shards(Documents(TEXTS[:5]), Bytes())
+        assert left.exists(), "it may be a process that is just beginning"
+        later(monkeypatch, 100)
+        open_shards(Documents(TEXTS), Bytes())
+        assert not left.exists() and making.exists()
+    assert not making.exists()
 
 
 def test_an_error_leaves_no_folder(cache: Path):

@@ -390,7 +390,7 @@ def test_diagnostics_may_be_turned_on_and_off_on_resume(tiny: Path, tmp_path: Pa
     plain, out = tmp_path / "plain", tmp_path / "run"
     pretrain(make(tiny, plain, diagnose=()), quiet=True)
     assert events(plain, "diagnostics") == [] and events(plain, "start")[0]["diagnosed"] == []
-    assert not list(plain.rglob("diagnostics.pt"))
+    assert not list(plain.rglob("diagnostics.safetensors"))
     shutil.copytree(plain, out)
     shutil.rmtree(out / "checkpoints" / "step-00000006")
     pretrain(make(tiny, out, resume=True), quiet=True)

@@ -14,7 +14,7 @@ from gossamer.data import Corpus, DataConfig, open_corpus
 from gossamer.distributed import World
 from gossamer.evaluate import Score, evaluate
 from gossamer.models import build_model, resolve_config
-from gossamer.train.schedule import Cosine
+from gossamer.train.schedule import Schedule
 
 SEQ_LEN = 32
 HERE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -100,15 +100,15 @@ def test_a_loss_beyond_floats_is_infinite_perplexity() -> None:
 @pytest.mark.parametrize(("steps", "warmup"), [(10, 3), (1000, 100), (2, 1), (7, 6), (50, 1)])
 @pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
 def test_the_learning_rate_wastes_no_update(steps: int, warmup: int, floor: float) -> None:
-    rates = [Cosine(steps, warmup, floor)(step) for step in range(steps)]
+    rates = [Schedule(steps, warmup, floor)(step) for step in range(steps)]
     assert rates[0] == 1 / warmup > 0
     assert rates[warmup - 1] == max(rates) == 1
     assert rates[-1] == floor
     assert rates[:warmup] == sorted(rates[:warmup])
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
-    assert Cosine(steps, warmup, floor)(steps + 5) == floor
+    assert Schedule(steps, warmup, floor)(steps + 5) == floor
 
 
 def test_without_warmup_the_first_update_is_close_to_the_peak() -> None:
-    rates = [Cosine(100, 0, 0.1)(step) for step in range(100)]
+    rates = [Schedule(100, 0, 0.1)(step) for step in range(100)]
     assert 0.999 < rates[0] <= 1 and rates[-1] == 0.1 and rates == sorted(rates, reverse=True)

@@ -14,15 +14,18 @@ FLOORS = {
     "bench": 1,
     "train": 2,
     "evaluate": 3,
+    "integrations": 3,
     "memory": 3,
     "restarts": 3,
+    "conformance": 4,
     "layers": 4,
     "models": 4,
     "data": 4,
-    "distributed": 5,
     "optim": 5,
+    "distributed": 6,
     "kernels": 6,
     "linalg": 7,
+    "rows": 8,
     "errors": 8,
 }
 
@@ -56,7 +59,7 @@ def test_imports_go_downward() -> None:
 
 def test_only_distributed_mentions_a_rank_of_processes() -> None:
     for path in ROOT.rglob("*.py"):
-        if room(path) not in ("distributed",):
+        if room(path) not in ("distributed", "conformance"):  # the kit tries optimizers on two processes
             assert "torch.distributed" not in path.read_text(), path
 
 
@@ -78,7 +81,12 @@ def test_optimizers_need_only_torch_and_numpy() -> None:
                 assert module.split(".")[0] in _ALLOWED, f"{path.name} imports {module}"
 
 
+def test_the_conformance_kit_needs_only_the_optimizers() -> None:
+    for path in (ROOT / "conformance").rglob("*.py"):
+        assert {name.split(".")[1] for name in imported(path)} <= {"conformance", "optim", "errors"}, path
+
+
 _ALLOWED = {
-    "__future__", "collections", "copy", "ctypes", "dataclasses", "difflib", "functools", "gossamer", "hashlib",
-    "importlib", "math", "numpy", "pkgutil", "re", "torch", "types", "typing",
+    "__future__", "collections", "contextlib", "copy", "ctypes", "dataclasses", "difflib", "functools", "gossamer",
+    "hashlib", "importlib", "math", "numpy", "pkgutil", "re", "torch", "types", "typing",
 }  # fmt: skip

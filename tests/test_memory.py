@@ -280,6 +280,19 @@ def test_candidates_are_every_method_and_parametrization(found: list[Candidate])
     assert it.activations == activations("tiny", ROWS, LENGTH, loss=token_loss, layers=SLTrain(32))
 
 
+def test_candidates_with_released_gradients(found: list[Candidate]) -> None:
+    """The output head's gradient alone, and a step while activations are there."""
+    released = candidates("tiny", ROWS, LENGTH, loss=token_loss, release_gradients=True)
+    assert [it.total for it in released] == sorted(it.total for it in released)
+    before = {(it.method, it.layers, it.rank): it for it in found}
+    assert len(released) == len(found)
+    for it in released:
+        assert it.gradients == 2 * 2048 * 128
+        held = before[it.method, it.layers, it.rank]
+        assert dataclasses.replace(it, gradients=held.gradients, released=False) == held
+        assert it.total == it.weights + it.gradients + it.state + it.activations + it.step
+
+
 def test_no_layers_above_their_smallest_side() -> None:
     """Keys and values of 2 heads of 32: rank 64 is the most for layers, whatever methods may do."""
     config = llama(hidden_size=256, num_attention_heads=8, num_key_value_heads=2)
@@ -352,7 +365,8 @@ def test_budget_that_nothing_fits(
     monkeypatch.setattr(cli, "candidates", lambda *args, **kwargs: asked.append((args, kwargs)) or found)
     words = ["--batch-size", "4", "--seq-len", "128", "--checkpointing", "--dtype", "float32"]
     assert main(["memory", "--model", "tiny", *words, "--budget", "1MiB"]) == 0
-    assert asked == [(("tiny", 4, 128, True), {"loss": token_loss, "dtype": torch.float32})]
+    named = {"loss": token_loss, "dtype": torch.float32, "release_gradients": False}
+    assert asked == [(("tiny", 4, 128, True), named)]
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == f"0 of {len(found)} fit 1 MiB; smallest: {found[0]}, {found[0].total / 2**20:.2f} MiB"
 
@@ -378,6 +392,22 @@ def test_memory_of_layers_with_activations(tmp_path: Path, capsys: pytest.Captur
     assert "buffers" in printed
     kept = activations(llama(), 1, 64, loss=token_loss, layers=SLTrain(4))  # 64 tokens are all that the model allows
     assert printed.splitlines()[-1] == f"activations of 1 x 64 tokens: {kept / 2**30:.2f} GiB"
+
+
+def test_memory_of_released_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(llama().to_dict()))
+    words = ["--model", str(path), "--method", "galore", "--method.rank", "4", "--release-gradients"]
+    assert main(["memory", *words]) == 0
+    printed = capsys.readouterr().out
+    (row,) = [line for line in printed.splitlines() if "total with galore, gradients released" in line]
+    memory = predict(llama(), gossamer.GaLore(rank=4))
+    assert [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*", row)][:4] == [
+        memory.parameters, memory.weights, 2 * 300 * 32, memory.state,
+    ]  # fmt: skip
+    assert main(["memory", *words[:2], "--release-gradients", "--budget", "1GiB"]) == 0
+    printed = capsys.readouterr().out
+    assert {line.split("│")[5].strip() for line in printed.splitlines() if line.startswith("│")} == {"0.00"}
 
 
 # --- papers -----------------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,10 @@ from torch import nn
 from transformers import LlamaConfig
 
 import gossamer
+from gossamer import UserError
 from gossamer.bench.step import make_optimizer
 from gossamer.evaluate import token_loss
-from gossamer.memory import Alive, measure_step, predict, step
+from gossamer.memory import Alive, activations, measure_step, measure_training, predict, step
 from gossamer.memory.step import Kind, count_step
 from gossamer.models import build_model
 from gossamer.optim import rules, stores, sweep
@@ -108,7 +111,39 @@ def test_counted_is_what_a_process_takes(method: gossamer.Method, implementation
     )
 
 
+WIDE = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 2000,
+    "tie_word_embeddings": False,
+    "use_cache": False,
+}
+
+
+def test_predicted_training_is_what_a_process_takes(tmp_path: Path) -> None:
+    """With gradients released; within a tenth: gradients of activations and kernels' workspaces are not counted."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(WIDE))
+    found = measure_training(
+        str(path), gossamer.AdamW(), 1, 8, loss=token_loss, release_gradients=True, clip="two-pass"
+    )
+    kept = activations(str(path), 1, 8, loss=token_loss, dtype=torch.float32)
+    held, memory = (
+        predict(str(path), gossamer.AdamW(), dtype=torch.float32, implementation="auto", release_gradients=release)
+        for release in (False, True)
+    )
+    assert found.held == pytest.approx(memory.weights + memory.state, rel=0.05)
+    assert memory.gradients <= found.transient
+    assert found.transient <= 1.1 * (memory.gradients + kept + memory.step.transient) + 2**20  # and pages
+    assert found.transient < held.gradients / 2
+
+
 def test_what_cannot_be_measured_says_why() -> None:
+    with pytest.raises(UserError, match=r"measure_training: clip is 'two-pass'; allowed: clip_grad_norm_"):
+        measure_training("tiny", gossamer.AdamW(), 1, 8, loss=token_loss, clip="two-pass")
     with pytest.raises(RuntimeError, match=r"its process failed:(?s:.*)unexpected keyword argument 'fsued'"):
         measure_step(partial(torch.optim.AdamW, fsued=True), [(2, 2)])
 

@@ -462,3 +462,17 @@ def test_in_a_browser_on_a_phone(diagnosed: Path, tmp_path_factory: pytest.TempP
     assert probe["first"] == "layers.0.q" and probe["overlap"] == ["layers.1.<q>"] * 2
     # The same buttons under the loss (three methods) and the diagnostics (two): each pair goes on together.
     assert probe["pressed"] == (3 + 1) + (2 + 1)
+
+
+def test_classifiers_are_ranked_by_their_score(tmp_path: Path) -> None:
+    for method, score in (("adamw", 0.8), ("mlorc", 0.9)):
+        for seed in (0, 1):
+            outcome = {"event": "end", "step": 100, "score": score + 0.01 * seed, "accuracy": score, "loss": 0.5}
+            run = tmp_path / method / str(seed) / "log.jsonl"
+            write_lines(run, [start(method, 1e-3, seed), train(100), outcome | {"seconds": 1.0, "eval_tokens": 40}])
+    best, other = load(tmp_path)
+    assert (best.name, other.name) == ("mlorc", "adamw")
+    assert best.best is not None and best.best.score == pytest.approx(0.905)
+    page = unescape(write_report(tmp_path).read_text())
+    assert "score 90.5\u00a0±\u00a00.7\u00a0%" in page and "1.124" in page and "diverged" not in page
+    assert 'id="rates"' not in page  # a plot of perplexities

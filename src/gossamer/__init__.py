@@ -10,7 +10,20 @@ The class of every registered method is here under its own name.
 from typing import Any
 
 from gossamer.errors import UserError
-from gossamer.optim import Context, Entry, Method, Optimizer, Plan, PlanRow, Reset, State, param_groups, register
+from gossamer.optim import (
+    Context,
+    Entry,
+    GradientRelease,
+    Method,
+    Optimizer,
+    Plan,
+    PlanRow,
+    Reset,
+    State,
+    param_groups,
+    register,
+    release_gradients,
+)
 from gossamer.optim.contract import methods
 from gossamer.restarts import Restarter, Restarts
 
@@ -18,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Context",
     "Entry",
+    "GradientRelease",
     "Method",
     "Optimizer",
     "Plan",
@@ -30,6 +44,7 @@ __all__ = [
     "methods",
     "param_groups",
     "register",
+    "release_gradients",
 ]
 
 

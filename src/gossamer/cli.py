@@ -17,7 +17,18 @@ from rich.console import Console
 from rich.table import Table
 
 import gossamer
-from gossamer.bench import Bench, StepBench, bench, bench_step, step_table, summary_table, write_page, write_report
+from gossamer.bench import (
+    Bench,
+    Evaluate,
+    StepBench,
+    bench,
+    bench_step,
+    evaluate_model,
+    step_table,
+    summary_table,
+    write_page,
+    write_report,
+)
 from gossamer.errors import UserError, nearest
 from gossamer.evaluate import token_loss
 from gossamer.layers import PARAMETRIZATIONS, Parametrization, name_of
@@ -26,13 +37,15 @@ from gossamer.models import resolve_config
 from gossamer.optim.contract import Method, entry_of, find, methods
 from gossamer.optim.optimizer import num_bytes
 from gossamer.restarts import Restarts
-from gossamer.train import Pretrain, pretrain
+from gossamer.train import Finetune, Pretrain, finetune, pretrain
 
 M = TypeVar("M", bound=Method)
 L = TypeVar("L", bound=Parametrization | None)
 Options = TypeVar("Options")
 
 DEFAULT_METHOD = "gossamer"
+WAYS = ("reference", "auto")
+"""Of stepping: what a prediction shows."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,8 @@ class MemoryOptions(Generic[M, L]):
     """Tokens of a row; None: 256, or as many as the model allows if that is fewer."""
     checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    release_gradients: bool = False
+    """Of gradients, hold those of one layer at a time, as `gossamer pretrain --release-gradients` does."""
     budget: str | None = None
     """An amount of memory such as 24GiB: list what fits, over all methods, parametrizations and ranks."""
 
@@ -76,6 +91,19 @@ def run_pretrain(argv: list[str]) -> None:
     options = _parse_with_parts(Pretrain, "pretrain", argv)
     pretrain(options)
     print(f"{options.out / 'log.jsonl'}")
+
+
+def run_finetune(argv: list[str]) -> None:
+    options = _parse_with_parts(Finetune, "finetune", argv)
+    finetune(options)
+    print(f"{options.out / 'log.jsonl'}")
+
+
+def run_eval(argv: list[str]) -> None:
+    options = _parse(Evaluate, "eval", argv)
+    row = evaluate_model(options)
+    print(f"{options.task}: " + ", ".join(f"{name} {value:.4f}" for name, value in row["scores"].items()))
+    print(f"{options.out / (row['samples'] or 'results.jsonl')}")
 
 
 def run_bench(argv: list[str]) -> None:
@@ -115,8 +143,9 @@ def run_memory(argv: list[str]) -> None:
     model = meta_model(options.model, options.layers, dtype, options.layer_targets)
     seq_len = _seq_len(options)
     kept = activations(model, options.batch_size, seq_len, options.checkpointing, loss=token_loss)
-    mine, fused = (predict(model, options.method, implementation=way) for way in ("reference", "auto"))
-    dense, dense_fused = (predict(plain, gossamer.AdamW(), implementation=way) for way in ("reference", "auto"))
+    release = options.release_gradients
+    mine, fused = (predict(model, options.method, implementation=way, release_gradients=release) for way in WAYS)
+    dense, dense_fused = (predict(plain, gossamer.AdamW(), implementation=way) for way in WAYS)
     table = Table(title=f"{options.model}, {mine.parameters:,} parameters, {options.dtype}; bytes")
     for column, justify in (
         ("group", "left"),
@@ -134,7 +163,8 @@ def run_memory(argv: list[str]) -> None:
         table.add_row(line.group, line.method, *(f"{size:,}" for size in sizes))
     counters = sum(line.counters for line in mine.lines)
     table.add_row("step counters", "", "", "", "", f"{counters:,}", end_section=True)
-    for label, memory, twin in ((f"total with {name}", mine, fused), ("total with adamw", dense, dense_fused)):
+    released = f"total with {name}{', gradients released' if release else ''}"
+    for label, memory, twin in ((released, mine, fused), ("total with adamw", dense, dense_fused)):
         sizes = (memory.parameters, memory.weights, memory.gradients, memory.state)
         sizes = (*sizes, memory.step.transient, twin.step.transient)
         table.add_row(label, "", *(f"{size:,}" for size in sizes))
@@ -154,7 +184,15 @@ def run_memory(argv: list[str]) -> None:
 
 def _print_what_fits(options: MemoryOptions[Any, Any], budget: Size, dtype: torch.dtype) -> None:
     seq_len = _seq_len(options)
-    found = candidates(options.model, options.batch_size, seq_len, options.checkpointing, loss=token_loss, dtype=dtype)
+    found = candidates(
+        options.model,
+        options.batch_size,
+        seq_len,
+        options.checkpointing,
+        loss=token_loss,
+        dtype=dtype,
+        release_gradients=options.release_gradients,
+    )
     table = Table(title=f"{options.model}, {options.dtype}, {_batch(options, seq_len)}; {budget.unit}")
     for column in ("method", "layers", "rank", "weights", "gradients", "state", "activations", "step", "total", "fits"):
         table.add_column(column, justify="left" if column in ("method", "layers") else "right", no_wrap=True)
@@ -211,6 +249,8 @@ def run_methods(argv: list[str]) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "pretrain": (run_pretrain, "train a causal language model from scratch"),
+    "finetune": (run_finetune, "train a model that is there on prompts and answers, or on labels"),
+    "eval": (run_eval, "score a model: perplexity, GSM8K, MATH-500, HumanEval, MBPP, GLUE, lm-eval's tasks"),
     "bench": (run_bench, "train every method on the same data and compare them; bench step: time their steps"),
     "report": (run_report, "make the page of runs that are there"),
     "memory": (run_memory, "predict what training takes"),
@@ -221,6 +261,9 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # else a terminal in ASCII, or a path in another encoding, is an error
+            stream.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         print("usage: gossamer COMMAND [OPTIONS]\n")
@@ -231,14 +274,16 @@ def main(argv: list[str] | None = None) -> int:
         print(gossamer.__version__)
         return 0
     try:
+        if bad := [word for word in argv if "\0" in word]:
+            raise UserError(f"{bad[0]!r} holds a NUL, which no option and no path can")
         if argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; known: {', '.join(COMMANDS)}")
         COMMANDS[argv[0]][0](argv[1:])
     except UserError as error:
-        print(f"gossamer: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2
     except OSError as error:  # a full disk, a folder that cannot be written: wherever it strikes
-        print(f"gossamer: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        _complain(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
         return 2
     except KeyboardInterrupt:
         print("gossamer: interrupted", file=sys.stderr)
@@ -246,10 +291,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _complain(text: str) -> None:
+    """One line, whatever the user's own words held."""
+    print("gossamer:", " ".join(text.split()), file=sys.stderr)
+
+
 def _parse_with_parts(options: Any, command: str, argv: list[str]) -> Any:
     """Parse, after the parts that decide which options there are: `--method`, `--layers`, any `--restarts.*`."""
     method_name, argv = _take("method", argv)
-    layers_name, argv = _take("layers", argv)
+    has_layers = "layers" in options.__dataclass_fields__
+    layers_name, argv = _take("layers", argv) if has_layers else (None, argv)
     if method_name == "":
         raise UserError(f"method: no name given; known: {', '.join(methods())}")
     if layers_name == "":
@@ -266,11 +317,10 @@ def _parse_with_parts(options: Any, command: str, argv: list[str]) -> Any:
         "restarts": Restarts() if any(word.startswith("--restarts.") for word in argv) else None,
     }
     wanted = {name: part for name, part in parts.items() if name in options.__dataclass_fields__}
-    hint = (
-        f"--method NAME is one of {', '.join(methods())} (default: {DEFAULT_METHOD}, adamw with --layers) and brings "
-        "--method.* options. "
-        f"--layers NAME is one of {', '.join(PARAMETRIZATIONS)} (default: none) and brings --layers.*."
-    )
+    default = DEFAULT_METHOD + ", adamw with --layers" * has_layers
+    hint = f"--method NAME is one of {', '.join(methods())} (default: {default}) and brings --method.* options."
+    if has_layers:
+        hint += f" --layers NAME is one of {', '.join(PARAMETRIZATIONS)} (default: none) and brings --layers.*."
     if "restarts" in wanted:
         hint += " --restarts.every N turns restarts on and brings --restarts.* (reset, scope, no-refactorize, ...)."
     return _parse(

@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gossamer.rows import HERE, Rows
+
 _FLOOR = 10.0
 """Damping floor in units of eps * trace: below it a Gram matrix is rounding noise and Cholesky may break down."""
 
 
-def damped_pinv(x: Tensor, damping: float, *, relative: bool) -> Tensor:
+def damped_pinv(x: Tensor, damping: float, *, relative: bool, rows: Rows = HERE) -> Tensor:
     """`(X^T X + lambda I)^{-1} X^T`: the damped left pseudo-inverse of a tall `X`, by Cholesky of the Gram matrix.
 
     It is computed for X / max|X|, so neither a huge nor a tiny X over- or underflows in the Gram matrix.
@@ -22,14 +24,15 @@ def damped_pinv(x: Tensor, damping: float, *, relative: bool) -> Tensor:
         x: (..., m, r) with m >= r, fp32 or fp64.
         damping: lambda if `relative` is False, else lambda = damping * trace(X^T X) / r.
             Never less than 10 eps trace(X^T X), which keeps the factorisation alive for rank-deficient X.
+        rows: of X; not for batches.
 
     Returns:
-        (..., r, m); zero where X is zero.
+        (..., r, m), my columns; zero where X is zero.
     """
-    size = x.abs().amax((-2, -1), keepdim=True)
+    size = x.abs().amax((-2, -1), keepdim=True) if rows is HERE else rows.largest(x).reshape(1, 1)
     unit_size = damped_size(size, damping, relative=relative)
     unit = x / unit_size
-    factor, _ = torch.linalg.cholesky_ex(damped_gram(unit.mT @ unit, unit_size, damping, relative=relative))
+    factor, _ = torch.linalg.cholesky_ex(damped_gram(rows.sum(unit.mT @ unit), unit_size, damping, relative=relative))
     inverse = torch.cholesky_solve(unit.mT, factor) / unit_size
     return torch.where(size > 0, inverse, torch.zeros_like(inverse))
 
@@ -54,17 +57,21 @@ def damped_gram(gram: Tensor, size: Tensor, damping: float, *, relative: bool) -
     return gram + shift * torch.eye(r, dtype=gram.dtype, device=gram.device)
 
 
-def orthonormalize(x: Tensor) -> Tensor:
+def orthonormalize(x: Tensor, rows: Rows = HERE) -> Tensor:
     """Q of the thin QR factorisation of a tall `x`, with signs such that the diagonal of R is not negative.
 
     Columns past the rank of x are completed with orthonormal ones; a zero matrix gives the first columns of the
     identity. x is divided by its largest entry first, so that no norm over- or underflows.
 
+    Rows that lie in several processes are gathered, and each process does the same QR: a QR of blocks completes a basis
+    in another way, and to find out where it may not would be to wait for the device.
+
     Args:
         x: (..., m, r) with m >= r, fp32 or fp64. Returns (..., m, r).
+        rows: of x; not for batches.
     """
-    q, r = torch.linalg.qr(_unit(x))
-    return q * _signs(r.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)
+    q, r = torch.linalg.qr(_unit(rows.gather(x)))
+    return rows.mine(q * _signs(r.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2))
 
 
 def cholesky_qr(x: Tensor) -> Tensor:
@@ -107,7 +114,13 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def randomized_svd(
-    x: Tensor, rank: int, *, oversampling: int, power_iterations: int, generator: torch.Generator
+    x: Tensor,
+    rank: int,
+    *,
+    oversampling: int,
+    power_iterations: int,
+    generator: torch.Generator,
+    rows: Rows = HERE,
 ) -> tuple[Tensor, Tensor]:
     """A rank-r approximation of x as two factors, Q (m, r) with orthonormal columns and B (r, n).
 
@@ -119,14 +132,15 @@ def randomized_svd(
         x: (m, n), fp32 or fp64.
         rank: r; cut to min(m, n), as is r + oversampling.
         generator: on x's device; draws n (r + oversampling) numbers.
+        rows: of x and of Q.
     """
-    m, n = x.shape
+    m, n = rows.shape(x)
     width = min(rank + oversampling, m, n)
     sketch = torch.randn(width, n, dtype=x.dtype, device=x.device, generator=generator).mT
-    q = orthonormalize(x @ sketch)
+    q = orthonormalize(x @ sketch, rows)
     for _ in range(power_iterations):
-        q = orthonormalize(x @ orthonormalize(x.mT @ q))
-    return cut_rank(q, q.mT @ x, rank)
+        q = orthonormalize(x @ orthonormalize(rows.sum(x.mT @ q)), rows)
+    return cut_rank(q, rows.sum(q.mT @ x), rank)
 
 
 def cut_rank(q: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

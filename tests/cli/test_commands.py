@@ -19,7 +19,7 @@ from gossamer.cli import main
 from gossamer.data import DataConfig
 from gossamer.memory import predict
 from gossamer.optim.contract import build, methods
-from gossamer.train import loop
+from gossamer.train import pretraining
 
 Bench = Callable[..., int]
 
@@ -157,7 +157,7 @@ def test_bench_tries_every_rate_with_every_seed(quick: Bench, tmp_path: Path) ->
 def test_bench_continues_where_it_was_stopped(
     quick: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, calls, token_loss = tmp_path / "bench", iter(range(1, 1000)), loop.token_loss
+    folder, calls, token_loss = tmp_path / "bench", iter(range(1, 1000)), pretraining.token_loss
 
     def stop_at_seventh(*args: Any) -> torch.Tensor:
         if next(calls) == 7:  # step 3 of the second run
@@ -165,7 +165,7 @@ def test_bench_continues_where_it_was_stopped(
         return token_loss(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "token_loss", stop_at_seventh)
+        patch.setattr(pretraining, "token_loss", stop_at_seventh)
         assert quick() == 130
     assert capsys.readouterr().err.splitlines()[-1] == "gossamer: interrupted"
     first = rows(folder)
@@ -253,7 +253,7 @@ def test_bench_trains_low_rank_weights_beside_methods(
 def test_bench_continues_low_rank_weights_with_the_same_bits(
     quick: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, token_loss = iter(range(1, 1000)), loop.token_loss
+    calls, token_loss = iter(range(1, 1000)), pretraining.token_loss
 
     def stop_at_eighth(*args: Any) -> torch.Tensor:
         if next(calls) == 8:  # step 4 of the second run, after the restart and before a checkpoint has it
@@ -261,7 +261,7 @@ def test_bench_continues_low_rank_weights_with_the_same_bits(
         return token_loss(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "token_loss", stop_at_eighth)
+        patch.setattr(pretraining, "token_loss", stop_at_eighth)
         assert quick(methods=["sltrain-restarts"]) == 130
     assert quick(methods=["sltrain-restarts"]) == 0
     assert quick(methods=["sltrain-restarts"], out="whole") == 0

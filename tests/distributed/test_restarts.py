@@ -6,20 +6,15 @@ The processes run this same file, from the bottom.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import runpy
-import socket
-import sys
-import types
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import environment, finish, free_port, on, start
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -124,48 +119,10 @@ def merged(rank: int) -> dict[str, Any]:
 
 # ---- what comes of it ------------------------------------------------------------------------------------------------
 
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["gossamer.cli", "transformers.models.llama.modeling_llama", "tokenizers"])
-
-
-def start(script: Path, **names: Any) -> BaseProcess:
-    """`script` with `names` in its globals, in a process of its own."""
-    child = processes.Process(target=runpy.run_path, args=(str(script), names, "__child__"))
-    with pytest.MonkeyPatch.context() as patch:  # else the child looks for pytest's own main program first
-        patch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
-        child.start()
-    return child
-
-
-def finish(children: list[BaseProcess]) -> list[int | None]:
-    for child in children:
-        child.join(120)
-        if child.exitcode is None:
-            child.kill()
-    return [child.exitcode for child in children]
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def environment(rank: int, port: str) -> dict[str, str]:
-    own = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return own | {name: os.environ[name] for name in ("GOSSAMER_CACHE", "OMP_NUM_THREADS")}
-
 
 def on_two(work: Callable[[int], dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """What `work` returned in each of two processes."""
-    port = free_port()
-    files = [folder / f"{rank}.pt" for rank in range(2)]
-    children = [
-        start(Path(__file__), options=(work.__name__, rank, environment(rank, port), str(files[rank])))
-        for rank in range(2)
-    ]
-    assert finish(children) == [0, 0]
-    return [torch.load(file) for file in files]
+    return on(2, Path(__file__), work.__name__, folder)
 
 
 def assert_same(one: State, other: State) -> None:

@@ -13,6 +13,7 @@ import gossamer
 from gossamer import UserError
 from gossamer.optim import rules, stores
 from gossamer.optim.contract import Context, Method, State, build
+from gossamer.rows import HERE, finish
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -159,11 +160,11 @@ def test_muon_with_a_power_of_the_identity() -> None:
 @pytest.mark.parametrize("shape", [(24, 6), (6, 24), (9, 9)])
 def test_orthogonalize_scales_by_the_shape(shape: tuple[int, int]) -> None:
     m = randn(*shape)
-    plain, matched = rules.orthogonalize(m, "original"), rules.orthogonalize(m, "match_rms_adamw")
+    plain, matched = (finish(rules.orthogonalize(m, adjust), HERE) for adjust in rules.ADJUSTMENTS)
     singular = torch.linalg.svdvals(plain) / max(1, shape[0] / shape[1]) ** 0.5
     assert float(singular.min()) > 0.6 and float(singular.max()) < 1.3
     assert 0.2 * 0.6 < float(matched.square().mean().sqrt()) < 0.2 * 1.3
-    assert rules.orthogonalize(m.float(), "original").dtype is torch.float32
+    assert finish(rules.orthogonalize(m.float(), "original"), HERE).dtype is torch.float32
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,9 @@ def test_codes_keep_zero_and_the_largest_entry(shape: tuple[int, ...], name: str
         flat[2:4] = 0.0
         back = through(x, name).reshape(-1)
         assert bool((back[2:4] == 0).all())
-        for block, kept in zip(flat.split(stores.BLOCK), back.split(stores.BLOCK), strict=True):
+        rows = len(x) if x.ndim > 1 else 1  # blocks run within a row
+        blocks, kepts = ([b for row in t.reshape(rows, -1) for b in row.split(stores.BLOCK)] for t in (flat, back))
+        for block, kept in zip(blocks, kepts, strict=True):
             at = block.abs().argmax()
             assert kept[at] == block[at]
             # half the gap between two neighbours of the codebook: 0.45 / 64 of the block's largest entry at most (0.45
@@ -294,7 +297,14 @@ def test_32_bits_are_the_tensor_itself() -> None:
 @pytest.mark.parametrize(("m", "n"), [(512, 512), (100, 33), (5461, 2048)])
 def test_bytes_per_parameter(m: int, n: int) -> None:
     state = build("adamw-8bit").init(torch.empty(m, n, dtype=torch.bfloat16, device="meta"))
-    assert sum(t.numel() * t.element_size() for t in state.values()) == 2 * (m * n + 4 * -(-m * n // 256))
+    assert sum(t.numel() * t.element_size() for t in state.values()) == 2 * (m * n + 4 * m * -(-n // 256))
+
+
+def test_rows_are_encoded_by_themselves() -> None:
+    """So a row shard has the codes of the whole."""
+    for shape in ((7, 300), (7, 5), (4, 9, 40)):
+        x = randn(*shape)
+        assert torch.equal(torch.cat([through(x[:3], "m"), through(x[3:3], "m"), through(x[3:], "m")]), through(x, "m"))
 
 
 def test_8_bit_adamw_follows_adamw() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 import gossamer
 from gossamer.optim import factors, rules
 from gossamer.optim.contract import Context, Method, State
+from gossamer.rows import HERE, finish
 
 SHAPES = {"tall": (14, 6), "wide": (6, 14), "square": (8, 8)}
 BETAS = (0.9, 0.95)
@@ -166,7 +167,8 @@ def test_mlorc_keeps_the_best_approximation_with_power_iterations(method: type) 
 
 def test_muon_directions_have_the_shape_factor() -> None:
     (grad,) = gradients((16, 4), 1)
-    assert torch.allclose(rules.orthogonalize(grad, "original"), 5 * rules.orthogonalize(grad, "match_rms_adamw") * 0.5)
+    original, matched = (finish(rules.orthogonalize(grad, adjust), HERE) for adjust in rules.ADJUSTMENTS)
+    assert torch.allclose(original, 5 * matched * 0.5)
 
 
 def test_a_zero_first_gradient_does_not_choose_the_subspace() -> None:

@@ -57,6 +57,8 @@ class Run:
     last_step: int
     perplexity: float | None
     legacy_perplexity: float | None
+    score: float | None
+    """Of a classifier, in place of a perplexity: 1 is perfect."""
     eval_tokens: float | None
     weights_bytes: float | None
     state_bytes: float | None
@@ -92,17 +94,23 @@ class Rate:
 
     @property
     def perplexity(self) -> float | None:
-        values = self._perplexities()
+        values = self._whole("perplexity")
+        return fmean(values) if values else None
+
+    @property
+    def score(self) -> float | None:
+        values = self._whole("score")
         return fmean(values) if values else None
 
     @property
     def sd(self) -> float | None:
-        """The sample standard deviation of the perplexity over seeds, where there are at least two."""
-        values = self._perplexities()
+        """The sample standard deviation of the score or the perplexity over seeds, where there are at least two."""
+        values = self._whole("score") or self._whole("perplexity")
         return stdev(values) if len(values) >= 2 else None
 
-    def _perplexities(self) -> list[float]:
-        values = [run.perplexity for run in self.runs if run.perplexity is not None]
+    def _whole(self, name: str) -> list[float]:
+        """One of :class:`Run`'s numbers of each run; nothing where any run lacks it."""
+        values = [value for run in self.runs if (value := getattr(run, name)) is not None]
         return values if len(values) == len(self.runs) else []
 
     def mean(self, name: str) -> float | None:
@@ -131,7 +139,7 @@ class Method:
 
 
 def load(directory: Path) -> list[Method]:
-    """Every run below ``directory``, by method, the lowest perplexity first.
+    """Every run below ``directory``, by method, the highest score or the lowest perplexity first.
 
     A run is a ``log.jsonl`` at any depth, a row of ``directory/rows.jsonl``, or the two together where the row names
     the log. Of rows with the same label the last one counts, and a log that only a superseded row names is left out.
@@ -144,8 +152,10 @@ def load(directory: Path) -> list[Method]:
     named: set[str] = set()
     rows_path = directory / "rows.jsonl"
     for number, row in jsonl.read(rows_path) if rows_path.is_file() else ():
-        if "label" not in row or "method" not in row:
-            raise UserError(f"{rows_path}, line {number}: a row needs 'label' and 'method'")
+        if not all(isinstance(row.get(key), str) for key in ("label", "method")):
+            raise UserError(f"{rows_path}, line {number}: a row needs 'label' and 'method', both text")
+        if not isinstance(row.get("log", ""), str):
+            raise UserError(f"{rows_path}, line {number}: 'log' is not the name of a file")
         rows[row["label"]] = row
         named.add(row.get("log", ""))
     if not logs and not rows:
@@ -174,14 +184,27 @@ def baseline(methods: list[Method]) -> Rate | None:
 
 
 def _rank(rate: Rate | None) -> tuple[bool, float]:
-    """Sorts by perplexity: a diverged rate comes after every finite one, and no finished run at all comes last."""
+    """By score or perplexity: a diverged rate comes after every finite one, and no finished run at all comes last."""
     if rate is None:
         return True, math.inf
+    if rate.score is not None:
+        return False, -rate.score
     return False, math.inf if rate.perplexity is None else rate.perplexity
 
 
 def _run(label: str, log: _Log, row: dict[str, Any] | None = None) -> Run:
-    """A run from its log and, where the benchmark wrote one, its row; the row's numbers count where both have them."""
+    """A run from its log and, where the benchmark wrote one, its row; the row's numbers count where both have them.
+
+    Raises:
+        UserError: what either of them says is not of the kind that a run writes.
+    """
+    try:
+        return _as_written(label, log, row)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"run {label!r}: its log or row is not as it was written ({error})") from None
+
+
+def _as_written(label: str, log: _Log, row: dict[str, Any] | None) -> Run:
     start, outcome = (row or {}) | log.start, log.end | (row or {})
     memory = start.get("memory") or {}
     rate = _number((start.get("config") or {}).get("lr"))
@@ -198,6 +221,7 @@ def _run(label: str, log: _Log, row: dict[str, Any] | None = None) -> Run:
         last_step=int(outcome.get("step") or outcome.get("steps") or log.last_step),
         perplexity=_number(outcome.get("perplexity")),
         legacy_perplexity=_number(outcome.get("legacy_perplexity")),
+        score=_number(outcome.get("score")),
         eval_tokens=_number(outcome.get("eval_tokens")),
         weights_bytes=_number(outcome.get("weights_bytes", memory.get("weights"))),
         state_bytes=_number(outcome.get("state_bytes", memory.get("state"))),
@@ -240,7 +264,7 @@ def _read_log(path: Path) -> _Log:
                 case "diagnostics":
                     for record in event["parameters"]:
                         values = {key: _number(value) for key, value in record.items() if key != "name"}
-                        log.looks += [(step, key, record["name"], value) for key, value in values.items()]
+                        log.looks += [(step, key, str(record["name"]), value) for key, value in values.items()]
                 case "end":
                     log.end = event
             log.last_step = step

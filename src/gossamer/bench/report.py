@@ -37,7 +37,9 @@ def write_report(directory: Path) -> Path:
     methods = load(directory)
     runs = [run for method in methods for run in method.runs]
     styles = plots.styles_of(methods)
-    figures = {"loss": plots.loss, "memory": plots.memory, "rates": plots.rates}
+    figures = {"loss": plots.loss}
+    if all(run.score is None for run in runs):  # the others are of perplexities
+        figures |= {"memory": plots.memory, "rates": plots.rates}
     drawn = {name: figure for name, draw in figures.items() if (figure := draw(methods, styles))}
     diagnosed = plots.diagnostics(methods, styles)
     suites = sorted({run.suite for run in runs if run.suite})
@@ -47,7 +49,7 @@ def write_report(directory: Path) -> Path:
     body += _diagnostics(methods, styles, list(diagnosed))
     body += _details(runs)
     path = directory / "report.html"
-    path.write_text(page(title, body, drawn | diagnosed), encoding="utf-8")
+    path.write_text(page(title, body, drawn | diagnosed), encoding="utf-8", errors="replace")
     return path
 
 

@@ -48,6 +48,7 @@ RANKS = {
 }
 """What runs if nothing is named; another method runs at its default rank."""
 
+MOST_THREADS = 1024
 BYTES_A_WEIGHT = 32
 """Of two optimizers at once, each with weights, gradients and two moments in fp32."""
 
@@ -100,6 +101,8 @@ class StepBench:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}: {value} is too small; allowed: an integer >= 1")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise UserError(f"threads: {self.threads} is too large; allowed: 1 to {MOST_THREADS}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device: there is no CUDA device here; allowed: cpu")
         known = all_rivals(AdamW(), self.device, torch.float32)
@@ -338,5 +341,5 @@ def write_page(out: Path) -> Path:
     for name in figures:
         parts += [f"<h2>÷ {escape(name)}</h2>", f'<div class="plot" id="{escape(name)}"></div>']
     path = out.with_suffix(".html")
-    path.write_text(page("Gossamer: one optimizer step", parts, figures), encoding="utf-8")
+    path.write_text(page("Gossamer: one optimizer step", parts, figures), encoding="utf-8", errors="replace")
     return path

@@ -30,6 +30,10 @@ def cells(method: Method, reference: Rate | None) -> dict[str, str]:
     tried = f"of {words.plural(len(method.rates), 'rate')}, {words.plural(len(best.runs), 'seed')}" if best else ""
     if best is None:
         perplexity = f"unfinished, step {max(run.last_step for run in method.runs):,}"
+    elif best.score is not None:
+        perplexity = words.score(best.score, best.sd)
+        if reference and reference.score:
+            ratio = f"{best.score / reference.score:.3f}"
     elif best.perplexity is None:
         perplexity = "diverged"
     else:

@@ -11,6 +11,10 @@ def perplexity(value: float, sd: float | None = None) -> str:
     return f"{value:,.{digits}f}" + ("" if sd is None else f"\u00a0±\u00a0{sd:,.{digits}f}")
 
 
+def score(value: float, sd: float | None = None) -> str:
+    return f"score {100 * value:.1f}" + ("" if sd is None else f"\u00a0±\u00a0{100 * sd:.1f}") + "\u00a0%"
+
+
 def ratio(value: float) -> str:
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 

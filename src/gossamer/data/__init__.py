@@ -5,14 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gossamer.data.config import DataConfig
+from gossamer.data.batch import IGNORED, Batch
+from gossamer.data.config import DataConfig, TaskConfig
 from gossamer.data.shards import Budget, Shards, open_shards
-from gossamer.data.sources import HeldOut, Source, open_sources
-from gossamer.data.stream import IGNORED, TokenStream
+from gossamer.data.sources import HeldOut, Source, open_source, open_sources
+from gossamer.data.stream import TokenStream
 from gossamer.data.tokenizers import Tokenizer, open_tokenizer
 from gossamer.errors import UserError
 
-__all__ = ["IGNORED", "Corpus", "DataConfig", "TokenStream", "Tokenizer", "open_corpus"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Corpus",
+    "DataConfig",
+    "TaskConfig",
+    "TokenStream",
+    "Tokenizer",
+    "open_corpus",
+    "open_text",
+]
 
 STREAMED_VALIDATION_TOKENS = 10_000_000
 """How much is read of a streamed validation split: as much as the GaLore paper evaluates on."""
@@ -76,6 +87,20 @@ def open_corpus(config: DataConfig, *, train_tokens: int | None = None) -> Corpu
         "packing": config.packing,
     }
     return Corpus(train, valid, tokenizer, f"{valid_shards.meta['description']} ({counts})", description)
+
+
+def open_text(data: str, *, text_field: str, tokenizer: str, seq_len: int) -> tuple[TokenStream, dict[str, Any]]:
+    """Packed rows of a source, all of it, to be scored; and their description for machines.
+
+    Args:
+        data, text_field, seq_len: as in `DataConfig`. tokenizer: a file or folder of one.
+    """
+    source = open_source(data, "valid", text_field)
+    opened = open_tokenizer(tokenizer, 0, source)
+    shards = open_shards(source, opened, budget=Budget(STREAMED_VALIDATION_TOKENS) if source.streamed else None)
+    name = f"{shards.meta['description']}"
+    rows = TokenStream(shards, seq_len=seq_len, packing=True, keep_tail=True, eos_id=opened.eos_id, name=name)
+    return rows, _describe(source, shards, rows)
 
 
 def _describe(source: Source, shards: Shards, stream: TokenStream) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from gossamer.errors import UserError
@@ -38,26 +42,65 @@ def document_hash(text: str) -> int:
 
 
 def file_digest(path: Path) -> str:
-    """Digest of a file's bytes, remembered by (path, size, modification time) so that big files are read once."""
+    """Digest of a file's bytes, remembered so that big files are read once.
+
+    It is remembered by path, size, inode and the times of the last change of content and of inode: whoever writes to a
+    file can set back the former time, as `rsync -t` and `touch` do, and not the latter.
+    """
     status = path.stat()
-    memo = cache_folder("digests") / digest(str(path.resolve()), status.st_size, status.st_mtime_ns)
+    version = status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+    memo = cache_folder("digests") / digest(str(path.resolve()), version)
     if memo.exists():
         return memo.read_text()
     with path.open("rb") as file:
         found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     # A file written a moment ago may change again within one tick of the file system's clock: do not remember it yet.
-    if time.time() - status.st_mtime > 2:
+    if time.time() - status.st_ctime > 2:
         write_atomically(memo, found)
     return found
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write ``path`` whole or not at all, also where several processes write it at once."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
+    with partial(path.parent) as folder:
+        (folder / path.name).write_text(text, encoding="utf-8")
+        (folder / path.name).replace(path)
+
+
+@contextlib.contextmanager
+def partial(parent: Path) -> Iterator[Path]:
+    """A folder in ``parent`` to make something in that is then renamed out of it or as a whole; what stays is deleted.
+
+    What a killed process left behind is deleted by the next one that comes: a folder is locked while its maker lives.
+    """
+    for left in parent.glob(".partial-*"):
+        _delete_abandoned(left)
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix=".partial-"))
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        _lock(lock)
+        yield folder
+    finally:
+        os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _delete_abandoned(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # another process deletes it, or it has just been renamed
+        if time.time() - folder.stat().st_ctime < 60:
+            return  # its maker may not have come to lock it yet
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            if _lock(lock):
+                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+        finally:
+            os.close(lock)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the lock is ours now; never where the file system has none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from gossamer.errors import UserError
+
+Template = Literal["alpaca", "question", "chat", "none"]
 
 
 @dataclass(frozen=True)
@@ -26,3 +31,40 @@ class DataConfig:
     """Cut one long run of documents into full rows. Off: one document a row, truncated or padded, as in the papers."""
     text_field: str = "text"
     """The field of a .jsonl, .parquet or Hugging Face record that holds its text."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Which examples of a task are read, and how they become rows."""
+
+    task: str = "gsm8k"
+    """metamath, gsm8k, codefeedback, instructions (any local file of prompts and answers), glue/cola, glue/rte ..."""
+    data: str | None = None
+    """A local file (.jsonl, also packed; .json, .parquet), for glue/* a TSV file or a folder with the benchmark's, or
+    `hf:REPO[:CONFIG]`; None: the task's own dataset on the hub."""
+    valid: str | None = None
+    """Validation examples, written like `data`; None: glue/* brings its own, of others the examples after those trained
+    on are held out."""
+    prompt_field: str | None = None
+    """The field that holds the prompt; None: the task's own (of instructions: instruction)."""
+    input_field: str | None = None
+    """The field of what the prompt is about, where a record has one; None: the task's own (of instructions: input)."""
+    answer_field: str | None = None
+    """The field that holds the answer; None: the task's own (of instructions: output)."""
+    template: Template = "alpaca"
+    """How a prompt is put: as the papers do (alpaca), `Question: ... Answer:`, by the tokenizer's chat template, or as
+    it is (none)."""
+    examples: int | None = None
+    """Training examples, the first ones that are short enough; None: all."""
+    valid_examples: int | None = None
+    """Validation examples; None: all of `valid`, or 1,000 held out (a tenth, if there are fewer than 10,000)."""
+    max_length: int | None = None
+    """Tokens of an example; a longer one is dropped, of glue/* cut. None: 512, of glue/* 128."""
+    packing: bool = False
+    """Several examples a row, as many as fit into `max_length`, which do not see one another. Off: one, padded."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("examples", 1), ("valid_examples", 1), ("max_length", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}: {value} is too small; allowed: an integer >= {least}")

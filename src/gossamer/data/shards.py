@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gossamer.data.cache import cache_folder, digest, document_hash
+from gossamer.data.cache import cache_folder, digest, document_hash, partial
 from gossamer.data.sources import Source
 from gossamer.data.tokenizers import Tokenizer
 from gossamer.errors import UserError
@@ -83,18 +82,15 @@ def _read(folder: Path) -> Shards | None:
 
 
 def _build(folder: Path, source: Source, tokenizer: Tokenizer, budget: Budget | None, excluded: set[int]) -> None:
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
-    try:
-        _write(partial, folder.name, source, tokenizer, budget, excluded)
+    with partial(folder.parent) as draft:
+        _write(draft, folder.name, source, tokenizer, budget, excluded)
         try:
-            partial.rename(folder)
+            draft.rename(folder)
         except OSError:
             # Another process was first, and its copy is as good; or a broken one lies there and makes way.
             if _read(folder) is None:
                 shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                draft.rename(folder)
 
 
 def _write(

@@ -54,9 +54,9 @@ class Source(ABC):
 
 def open_sources(data: str, valid: str | None, text_field: str) -> tuple[Source, Source]:
     """The training and the validation source (see ``DataConfig``). Raises ``UserError`` where one cannot be read."""
-    train = _open(data, "train", text_field)
+    train = open_source(data, "train", text_field)
     if valid is not None:
-        return train, _open(valid, "valid", text_field)
+        return train, open_source(valid, "valid", text_field)
     if isinstance(train, StandardLibrary):
         return train, StandardLibrary("valid")
     if isinstance(train, Hub) and "validation" in train.splits:
@@ -67,7 +67,8 @@ def open_sources(data: str, valid: str | None, text_field: str) -> tuple[Source,
     return HeldOut(train, "train"), HeldOut(train, "valid")
 
 
-def _open(name: str, part: Part, text_field: str) -> Source:
+def open_source(name: str, part: Part, text_field: str) -> Source:
+    """The source that a name stands for, alone."""
     if name == STDLIB:
         return StandardLibrary(part)
     if name.startswith(HUB):
@@ -129,10 +130,10 @@ class Files(Source):
             if suffix == ".parquet":
                 yield from self._read_parquet(path)
             elif suffix.startswith(".txt"):
-                with _open_binary(path) as file:
+                with open_binary(path) as file:
                     yield file.read().decode("utf-8-sig")
             else:
-                with _open_binary(path) as file:
+                with open_binary(path) as file:
                     yield from self._read_jsonl(path, file)
         except UserError:
             raise
@@ -145,13 +146,8 @@ class Files(Source):
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({first_line(error)})") from error
-            if not isinstance(record, dict):
-                raise UserError(f"{path}, line {number}: expected a JSON object, not {type(record).__name__}")
-            yield _text_of(record, self._text_field, f"{path}, line {number}")
+            where = f"{path}, line {number}"
+            yield _text_of(parse_line(line, where), self._text_field, where)
 
     def _read_parquet(self, path: Path) -> Iterator[str]:
         from pyarrow.parquet import ParquetFile
@@ -170,8 +166,8 @@ class Files(Source):
 class Hub(Source):
     """One split of a Hugging Face dataset (or of a local dataset folder), streamed. ``name`` is ``hf:REPO[:CONFIG]``.
 
-    The fingerprint holds the repository's commit (for a local folder the files' modification times), so that a new
-    revision is read anew; finding it out needs the network.
+    The fingerprint holds the repository's commit (for a local folder the files' digests), so that a new revision is
+    read anew; finding it out needs the network.
     """
 
     streamed = True
@@ -192,9 +188,10 @@ class Hub(Source):
             raise UserError(f"{name} has no {split} split; it has: {', '.join(self.splits) or 'none'}")
         self.name = name
         self.places = [name]
-        self.fingerprint = digest(
-            HUB, repo, config, split, text_field, list(map(str, files[split])), str(files[split].origin_metadata)
-        )
+        names = list(map(str, files[split]))
+        local = all(map(os.path.isfile, names))
+        version = list(map(file_digest, map(Path, names))) if local else str(files[split].origin_metadata)
+        self.fingerprint = digest(HUB, repo, config, split, text_field, names, version)
         self._split, self._text_field = split, text_field
 
     def describe(self) -> str:
@@ -261,7 +258,19 @@ def _suffix(path: Path) -> str:
     return next((suffix for suffix in reversed(READABLE) if path.name.lower().endswith(suffix)), "")
 
 
-def _open_binary(path: Path) -> BinaryIO:
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """One line's JSON object. A `UserError` that begins with `where` if it is none."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({first_line(error)})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object, not {type(record).__name__}")
+    return record
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """A file's bytes, unpacked if its name says that they are packed."""
     match path.suffix.lower():
         case ".gz":
             return gzip.open(path)  # pyright: ignore[reportReturnType]

@@ -7,12 +7,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gossamer.data.batch import IGNORED
 from gossamer.data.cache import digest
 from gossamer.data.shards import Shards
 from gossamer.errors import UserError
 
-IGNORED = -100
-"""The target where nothing is to be predicted (``torch.nn.functional.cross_entropy``'s ``ignore_index``)."""
+
+class Order:
+    """The endless order of `num_rows` rows: epoch after epoch, each a permutation that the seed alone decides."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self._epochs: dict[tuple[int, int], NDArray[np.int64]] = {}
+
+    def rows(self, position: int, size: int, seed: int) -> NDArray[np.int64]:
+        """(size,) row numbers; position p is in epoch ``p // num_rows``."""
+        parts = []
+        while size > 0:
+            epoch, start = divmod(position, self.num_rows)
+            part = self._permutation(seed, epoch)[start : start + size]
+            parts.append(part)
+            position, size = position + len(part), size - len(part)
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def _permutation(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """(num_rows,) the permutation of one epoch; the last two made are kept."""
+        if (seed, epoch) not in self._epochs:
+            key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+            order = np.random.Generator(np.random.Philox(key=key)).permutation(self.num_rows)
+            self._epochs = dict([*self._epochs.items()][-1:]) | {(seed, epoch): order}
+        return self._epochs[seed, epoch]
 
 
 class TokenStream:
@@ -47,7 +71,7 @@ class TokenStream:
         self.fingerprint = digest("rows 1", shards.meta["key"], seq_len, packing, keep_tail)
         self._tokens, self._offsets = shards.tokens, shards.offsets
         self._packing, self._eos_id = packing, eos_id
-        self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._order = Order(self.num_rows)
 
     def batch(self, position: int, size: int, seed: int | None) -> tuple[Tensor, Tensor]:
         """Rows ``position .. position + size`` of the endless shuffled order, as (inputs, targets).
@@ -58,7 +82,7 @@ class TokenStream:
         if seed is None:
             rows = np.arange(position, min(position + size, self.num_rows), dtype=np.int64)
         else:
-            rows = self._shuffled(position, size, seed)
+            rows = self._order.rows(position, size, seed)
         if self._packing:
             starts = rows * self.seq_len
             ends = np.minimum(starts + self.seq_len + 1, self.num_tokens)
@@ -71,21 +95,3 @@ class TokenStream:
         inputs = np.where(inside, tokens, self._eos_id)[:, :-1]
         targets = np.where(inside, tokens, IGNORED)[:, 1:]
         return torch.from_numpy(np.ascontiguousarray(inputs)), torch.from_numpy(np.ascontiguousarray(targets))
-
-    def _shuffled(self, position: int, size: int, seed: int) -> NDArray[np.int64]:
-        """(size,) row numbers; position p is in epoch ``p // num_rows``."""
-        parts = []
-        while size > 0:
-            epoch, start = divmod(position, self.num_rows)
-            part = self._order(seed, epoch)[start : start + size]
-            parts.append(part)
-            position, size = position + len(part), size - len(part)
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-
-    def _order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """(num_rows,) the permutation of one epoch; the last two made are kept."""
-        if (seed, epoch) not in self._orders:
-            key = np.array([seed % 2**64, epoch], dtype=np.uint64)
-            order = np.random.Generator(np.random.Philox(key=key)).permutation(self.num_rows)
-            self._orders = dict([*self._orders.items()][-1:]) | {(seed, epoch): order}
-        return self._orders[seed, epoch]

@@ -33,10 +33,20 @@ class Score:
         """Comparable with the papers' tables at the same batch size, and too low by a factor of exp(loss / (n + 1))."""
         return _exp(self.legacy_loss)
 
+    def numbers(self) -> dict[str, float]:
+        """For the log."""
+        return {"loss": self.loss, "perplexity": self.perplexity, "legacy_perplexity": self.legacy_perplexity}
 
-def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross entropy in nats of `targets` (rows, length) given `inputs` (rows, length); fp32 scalar."""
-    logits = model(input_ids=inputs).logits
+    def __str__(self) -> str:
+        return f"perplexity {self.perplexity:.3f} over {self.tokens:,} tokens (legacy {self.legacy_perplexity:.3f})"
+
+
+def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor, **others: Tensor) -> Tensor:
+    """Summed cross entropy in nats of `targets` (rows, length) given `inputs` (rows, length); fp32 scalar.
+
+    `others` are further inputs of the model, such as `position_ids`.
+    """
+    logits = model(input_ids=inputs, **others).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
@@ -55,12 +65,18 @@ def evaluate(
     rows = min(stream.num_rows, math.ceil(tokens / stream.seq_len))
     starts = range(0, rows, batch_size)
     sums = torch.zeros(len(starts), 2, dtype=torch.float64, device=world.device)  # a batch's nats and tokens
-    for index in range(world.rank, len(starts), world.size):
+    turns = world.turns(len(starts))
+    passes = sum(math.ceil(min(batch_size, rows - starts[index]) / micro_batch_size) for index in turns)
+    more = world.most(passes) - passes  # agreed on first: a sharded model's forward pass needs every process
+    for index in turns:
         inputs, targets = stream.batch(starts[index], min(batch_size, rows - starts[index]), None)
         for x, y in zip(inputs.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
             y = y.to(world.device)
             sums[index, 0] += token_loss(model, x.to(world.device), y)
             sums[index, 1] += (y != IGNORED).sum()
+    inputs, targets = stream.batch(0, 1, None)
+    for _ in range(more):
+        token_loss(model, inputs.to(world.device), targets.to(world.device))
     nats, counts = world.sum(sums).cpu().unbind(1)
     model.train(was_training)
     means = nats / counts.clamp_min(1)

@@ -1,6 +1,7 @@
 """Linear layers whose weight is low-rank, low-rank plus sparse, or low-rank beside a frozen matrix."""
 
-from gossamer.layers.apply import apply, dense_state_dict, factored, merge_all
+from gossamer.layers.adapters import Adapter, adapt
+from gossamer.layers.apply import apply, dense_state_dict, factored, merge_all, plain, stand_ins
 from gossamer.layers.contract import FactoredLinear, Parametrization, Restart, merge, refactorize, weight
 from gossamer.layers.lora import LoRA, LoRALinear, ReLoRA, ReLoRALinear
 from gossamer.layers.loro import LORO, LOROLinear
@@ -25,6 +26,7 @@ def name_of(parametrization: Parametrization) -> str:
 __all__ = [
     "LORO",
     "PARAMETRIZATIONS",
+    "Adapter",
     "FactoredLinear",
     "LOROLinear",
     "LoRA",
@@ -37,12 +39,15 @@ __all__ = [
     "Restart",
     "SLTrain",
     "SLTrainLinear",
+    "adapt",
     "apply",
     "dense_state_dict",
     "factored",
     "merge",
     "merge_all",
     "name_of",
+    "plain",
     "refactorize",
+    "stand_ins",
     "weight",
 ]

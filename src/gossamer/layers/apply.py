@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import UserError, matching, nearest
+from gossamer.layers.adapters import is_adapted, merged
 from gossamer.layers.contract import FactoredLinear, Parametrization, merge, weight
 from gossamer.optim.contract import hash63
 from gossamer.optim.groups import hidden_linears
@@ -90,6 +91,25 @@ def merge_all(model: nn.Module) -> list[str]:
     return list(layers)
 
 
+def stand_ins(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer that a linear one of the plain model became, low-rank or beside an adapter, with its name.
+
+    Args:
+        remove_duplicate: whether one that stands in two places comes once, as in `nn.Module.named_modules`.
+    """
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if isinstance(module, FactoredLinear) or is_adapted(module):
+            yield name, module
+
+
+def plain(module: nn.Module) -> dict[str, Tensor]:
+    """`weight` and, where there is one, `bias` of the linear layer that a stand-in stands for. It is left as it is."""
+    if not isinstance(module, FactoredLinear):
+        return merged(module)
+    made = {"weight": weight(module).detach()}
+    return made if module.bias is None else {**made, "bias": module.bias.detach()}
+
+
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state of the dense model that `model` stands for, as the plain class of the model loads it.
 
@@ -97,12 +117,10 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     _check_model(model)
     state = dict(model.state_dict())
-    everywhere = model.named_modules(remove_duplicate=False)  # a layer in two places has two names
-    for name, module in [(n, m) for n, m in everywhere if isinstance(m, FactoredLinear)]:
+    for name, module in stand_ins(model, remove_duplicate=False):
         for key in module.state_dict():
-            if key != "bias":
-                del state[f"{name}.{key}"]
-        state[f"{name}.weight"] = weight(module)
+            del state[f"{name}.{key}"]
+        state |= {f"{name}.{key}": tensor for key, tensor in plain(module).items()}
     return state
 
 

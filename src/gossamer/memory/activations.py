@@ -59,6 +59,8 @@ def activations(
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
             raise UserError(f"{name}: {value} is too small; allowed: an integer >= 1")
+        if value >= 2**31:
+            raise UserError(f"{name}: {value} is too large; allowed: an integer below 2^31")
     model = meta_model(model, layers, dtype)
     longest = longest_row(getattr(model, "config", None))
     if longest is not None and seq_len > longest:
@@ -67,12 +69,13 @@ def activations(
         twin = _fake(model).train()
         _fuse_attention(twin)
         if checkpointing:
-            _checkpoint(twin)
+            # the reentrant kind recomputes under our hooks; the other keeps the same tensors, but out of their sight
+            enable_checkpointing(twin, use_reentrant=True)
 
         def count() -> int:
             kept = _Kept(twin)
-            inputs, targets = (torch.zeros(batch_size, seq_len, dtype=torch.int64) for _ in range(2))
             try:
+                inputs, targets = (torch.zeros(batch_size, seq_len, dtype=torch.int64) for _ in range(2))
                 with torch.autograd.graph.saved_tensors_hooks(kept.pack, _Saved.unpack):
                     value = loss(twin, inputs, targets)
                     if checkpointing:  # else everything is held when the forward pass ends
@@ -190,14 +193,18 @@ def _anatomy(layer: nn.Module) -> tuple[list[Any], list[Any]]:
     )
 
 
-def _checkpoint(model: nn.Module) -> None:
+def enable_checkpointing(model: nn.Module, *, use_reentrant: bool) -> None:
+    """Recompute every decoder layer of a transformers model in its backward pass.
+
+    Raises:
+        UserError: a model that cannot.
+    """
     enable = getattr(model, "gradient_checkpointing_enable", None)
     if enable is None:
         raise UserError(f"checkpointing: {type(model).__name__} has no gradient_checkpointing_enable()")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name is not in transformers 5.0
-            # the reentrant kind recomputes under our hooks; the other keeps the same tensors, but out of their sight
-            enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     except ValueError as error:
         raise UserError(f"checkpointing: {first_line(error)}") from error

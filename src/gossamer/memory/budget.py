@@ -69,11 +69,14 @@ class Candidate:
     state: int
     activations: int
     step: int
-    """The most that an optimizer step takes at once; activations are gone by then."""
+    """The most that an optimizer step takes at once."""
+    released: bool
+    """Whether parameters step, one by one, while activations are there, or when these are gone."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.state + max(self.activations, self.step)
+        passing = self.activations + self.step if self.released else max(self.activations, self.step)
+        return self.weights + self.gradients + self.state + passing
 
     def __str__(self) -> str:
         name = self.method if self.layers == "-" else f"{self.layers} with {self.method}"
@@ -88,13 +91,14 @@ def candidates(
     *,
     loss: Loss,
     dtype: torch.dtype = torch.bfloat16,
+    release_gradients: bool = False,
 ) -> list[Candidate]:
     """Every method, and every parametrization trained by AdamW, smallest total first; steps by the reference.
 
     At their defaults but for the rank: those of `RANKS` below the model's hidden size, and for a method its own default
     too. Layers have no rank above their smallest side.
 
-    Args: as for `activations`.
+    Args: as for `activations`; `release_gradients` as for `predict`.
     """
     config = resolve_config(model) if isinstance(model, str) else model
     plain = meta_model(config, None, dtype)
@@ -104,19 +108,21 @@ def candidates(
     found: list[Candidate] = []
     for name, entry in methods().items():
         for method, rank in _at_ranks(entry.cls, ranks):
-            found.append(_candidate(name, "-", rank, predict(plain, method), kept))
+            memory = predict(plain, method, release_gradients=release_gradients)
+            found.append(_candidate(name, "-", rank, memory, kept, release_gradients))
     smallest = min((min(linear.weight.shape) for _, linear in hidden_linears(plain)), default=0)
     for name, cls in PARAMETRIZATIONS.items():
         for rank in (rank for rank in ranks if rank <= smallest):
             built = meta_model(config, cls(rank=rank), dtype)
             kept = activations(built, *sizes, loss=loss)
-            found.append(_candidate("adamw", name, rank, predict(built, default_fallback()), kept))
+            memory = predict(built, default_fallback(), release_gradients=release_gradients)
+            found.append(_candidate("adamw", name, rank, memory, kept, release_gradients))
     return sorted(found, key=lambda candidate: candidate.total)
 
 
-def _candidate(method: str, layers: str, rank: int | None, memory: Memory, kept: int) -> Candidate:
+def _candidate(method: str, layers: str, rank: int | None, memory: Memory, kept: int, released: bool) -> Candidate:
     step = memory.scratch + max(memory.step)
-    return Candidate(method, layers, rank, memory.weights, memory.gradients, memory.state, kept, step)
+    return Candidate(method, layers, rank, memory.weights, memory.gradients, memory.state, kept, step, released)
 
 
 def _at_ranks(cls: type[Any], ranks: list[int]) -> Iterator[tuple[Method, int | None]]:

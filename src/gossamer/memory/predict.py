@@ -50,6 +50,8 @@ class Memory:
     lines: tuple[Line, ...]
     scratch: int
     """Buffers that the optimizer keeps from step to step, beside state."""
+    gradients: int
+    """Held at once."""
 
     @property
     def parameters(self) -> int:
@@ -59,10 +61,6 @@ class Memory:
     def weights(self) -> int:
         """Everything of the model that a checkpoint holds: parameters, frozen ones too, and persistent buffers."""
         return sum(line.weights for line in self.lines)
-
-    @property
-    def gradients(self) -> int:
-        return sum(line.gradients for line in self.lines)
 
     @property
     def state(self) -> int:
@@ -90,6 +88,7 @@ def predict(
     layer_targets: Sequence[str] = (),
     dtype: torch.dtype = torch.bfloat16,
     implementation: str = "reference",
+    release_gradients: bool = False,
 ) -> Memory:
     """Bytes of weights, gradients and optimizer state, by group of parameters, and what a step on a CPU takes besides.
 
@@ -104,6 +103,9 @@ def predict(
             `model` is a module.
         dtype: of weights and gradients, unless `model` is a module.
         implementation: of the step, as for `gossamer.Optimizer`.
+        release_gradients: by `gossamer.release_gradients`, without accumulation. Held at once are then those of
+            one layer, the parameters that one module holds itself: the largest. A gradient of a weight that
+            several modules share is there all the while, and thrice when autograd adds up two of its parts.
     """
     model = meta_model(model, layers, dtype, layer_targets)
     groups: dict[tuple[str, str], list[tuple[Method, Tensor]]] = {}
@@ -120,7 +122,8 @@ def predict(
     saved = model.state_dict()
     if buffers := [saved[name] for name, _ in model.named_buffers() if name in saved.keys() - parameters]:
         lines.append(Line(BUFFERS, "-", 0, num_bytes(buffers), 0, 0, 0, Step(0, 0)))
-    return Memory(tuple(lines), scratch)
+    gradients = _of_one_layer(model) if release_gradients else sum(line.gradients for line in lines)
+    return Memory(tuple(lines), scratch, gradients)
 
 
 def meta_model(
@@ -151,6 +154,13 @@ def _line(why: str, name: str, members: list[tuple[Method, Tensor]], steps: dict
     state, counters = (sum(column) for column in zip(*sizes, strict=True))
     step = _largest(steps[_kind(*member)] for member in members)
     return Line(why, name, sum(param.numel() for _, param in members), weights, weights, state, counters, step)
+
+
+def _of_one_layer(model: nn.Module) -> int:
+    layers = [[p for p in module.parameters(recurse=False) if p.requires_grad] for module in model.modules()]
+    uses = Counter(param for layer in layers for param in layer)
+    shared = [num_bytes([param]) for param, number in uses.items() if number > 1]
+    return sum(shared) + max([*map(num_bytes, layers), *(2 * size for size in shared)])
 
 
 def _kind(method: Method, param: Tensor) -> Kind:

@@ -3,10 +3,12 @@
 from gossamer.optim.contract import Context, Entry, Method, State, register
 from gossamer.optim.groups import param_groups
 from gossamer.optim.optimizer import Optimizer, Plan, PlanRow, Reset
+from gossamer.optim.release import GradientRelease, release_gradients
 
 __all__ = [
     "Context",
     "Entry",
+    "GradientRelease",
     "Method",
     "Optimizer",
     "Plan",
@@ -15,4 +17,5 @@ __all__ = [
     "State",
     "param_groups",
     "register",
+    "release_gradients",
 ]

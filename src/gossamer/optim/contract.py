@@ -26,12 +26,15 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import UserError, nearest
+from gossamer.rows import HERE, Rows
 
 State = dict[str, Tensor]
 """What a method keeps for one parameter: flat, tensors only, so that it is saved, counted and sharded as it is.
 
 A key `m` or `m_...` belongs to the first moment, `v` or `v_...` to the second. A fresh moment is all zeros, so that
-`Optimizer.reset` can make one fresh; what a method draws at random it draws when `m_step` or `v_step` is 1.
+`Optimizer.reset` can make one fresh; what a method draws at random it draws when `m_step` or `v_step` is 1. Of a method
+that is registered `by_rows` the whole fresh state is zero, and a tensor of it has one dimension that grows with the
+parameter's rows, or none: it is sharded along that one.
 """
 
 MOMENTS = ("m", "v")
@@ -60,6 +63,8 @@ class Context(NamedTuple):
     """Random numbers that depend on (seed, parameter name, step) alone, on the parameter's device."""
     key: int
     """63 bits from (seed, parameter name) alone: the same at every step."""
+    rows: Rows = HERE
+    """What to ask about the rows that lie in other processes: gradient, parameter and state are of mine alone."""
 
 
 def hash63(*parts: int | str) -> int:
@@ -94,6 +99,7 @@ class Entry:
     cls: type[Any]
     paper: str
     matrix_only: bool
+    by_rows: bool
     traits: Mapping[str, Any]
 
     @property
@@ -106,17 +112,21 @@ _entries: dict[str, Entry] = {}
 T = TypeVar("T")
 
 
-def register(name: str, *, paper: str, matrix_only: bool = True, **traits: Any):
+def register(name: str, *, paper: str, matrix_only: bool = True, by_rows: bool = False, **traits: Any):
     """Class decorator: make a method known under `name`.
 
-    `matrix_only` says that only parameters with two dimensions can be given to it. Further `traits` live with the
-    method; `quick` is the preset with which `gossamer bench quick` runs it: a dict with `lr` and any fields.
+    Args:
+        matrix_only: only parameters with two dimensions can be given to it.
+        by_rows: it may be given some rows of a parameter, because it asks `ctx.rows` wherever it reduces over rows.
+            Where a parameter is sharded, a method that does not say so is given all rows in every process.
+        traits: live with the method; `quick` is the preset with which `gossamer bench quick` runs it: a dict with `lr`
+            and any fields.
     """
 
     def decorate(cls: type[T]) -> type[T]:
         if name in _entries:
             raise ValueError(f"register: the name {name!r} is taken by {_entries[name].cls.__qualname__}")
-        _entries[name] = Entry(name, cls, paper, matrix_only, MappingProxyType(traits))
+        _entries[name] = Entry(name, cls, paper, matrix_only, by_rows, MappingProxyType(traits))
         return cls
 
     return decorate

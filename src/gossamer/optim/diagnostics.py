@@ -171,7 +171,7 @@ def _overlap(kept: State, state: State) -> Record:
     if "basis" in state:
         now = state["basis"].clone()
     elif "m_B" in state:
-        now = orthonormalize(state["m_B"])
+        now = orthonormalize(state["m_B"]).contiguous()  # as it is after a checkpoint, which has no strides
     else:
         return {}
     old, kept["basis"] = kept.get("basis"), now

@@ -1,4 +1,7 @@
-"""Moments as products of two thin factors, B (m, r) and A (r, n): the arithmetic that several methods share."""
+"""Moments as products of two thin factors, B (m, r) and A (r, n): the arithmetic that several methods share.
+
+`rows` are those of B and of the target; every process has the same A.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor
 from gossamer.linalg import damped_gram, damped_size, orthonormalize
 from gossamer.optim.contract import State
 from gossamer.optim.stores import arithmetic_dtype
+from gossamer.rows import HERE, Rows
 
 
 def product(state: State, name: str) -> Tensor:
@@ -31,7 +35,7 @@ def frame(state: State, name: str, generator: torch.Generator) -> Tensor:
     return orthonormalize(torch.where((a != 0).any(), a, gaussian).mT).mT
 
 
-def follow(b: Tensor, a: Tensor, w: Tensor, target: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+def follow(b: Tensor, a: Tensor, w: Tensor, target: Tensor, decay: float, rows: Rows = HERE) -> tuple[Tensor, Tensor]:
     """One warm-started subspace iteration on `decay B A + (1 - decay) target`, which is never formed.
 
     Y = decay B (A W^T) + (1 - decay) target W^T,  B' = orth(Y),  A' = decay (B'^T B) A + (1 - decay) B'^T target. So
@@ -41,18 +45,18 @@ def follow(b: Tensor, a: Tensor, w: Tensor, target: Tensor, decay: float) -> tup
     Args:
         b, a: factors (m, r) and (r, n). w: `frame`, (r, n). target: (m, n).
     """
-    new_b = followed_b(b, a, w, target @ w.mT, decay)
-    return new_b, followed_a(new_b, b, a, new_b.mT @ target, decay)
+    new_b = followed_b(b, a, w, target @ w.mT, decay, rows)
+    return new_b, followed_a(new_b, b, a, rows.sum(new_b.mT @ target), decay, rows)
 
 
-def followed_b(b: Tensor, a: Tensor, w: Tensor, inside: Tensor, decay: float) -> Tensor:
+def followed_b(b: Tensor, a: Tensor, w: Tensor, inside: Tensor, decay: float, rows: Rows = HERE) -> Tensor:
     """B' of `follow`, from `inside`, target W^T."""
-    return orthonormalize(torch.addmm(inside, b, a @ w.mT, beta=1 - decay, alpha=decay))
+    return orthonormalize(torch.addmm(inside, b, a @ w.mT, beta=1 - decay, alpha=decay), rows)
 
 
-def followed_a(new_b: Tensor, b: Tensor, a: Tensor, below: Tensor, decay: float) -> Tensor:
+def followed_a(new_b: Tensor, b: Tensor, a: Tensor, below: Tensor, decay: float, rows: Rows = HERE) -> Tensor:
     """A' of `follow`, from `below`, B'^T target."""
-    return torch.addmm(below, new_b.mT @ b, a, beta=1 - decay, alpha=decay)
+    return torch.addmm(below, rows.sum(new_b.mT @ b), a, beta=1 - decay, alpha=decay)
 
 
 class Damped(NamedTuple):
@@ -96,18 +100,18 @@ def reach(b: Tensor, a: Tensor) -> float:
     return b.shape[1] * largest(b) * largest(a)
 
 
-def outside(b: Tensor, w: Tensor, target: Tensor) -> Tensor:
+def outside(b: Tensor, w: Tensor, target: Tensor, rows: Rows = HERE) -> Tensor:
     """`(I - B B^T) target (I - W^T W)`: the part of the target outside both spaces, (m, n)."""
-    rest = target - b @ (b.mT @ target)
+    rest = target - b @ rows.sum(b.mT @ target)
     return rest - (rest @ w.mT) @ w
 
 
-def keep_(state: State, **factors: tuple[Tensor, Tensor]) -> None:
+def keep_(state: State, rows: Rows = HERE, **factors: tuple[Tensor, Tensor]) -> None:
     """Store new factors of the named moments, all or none: none if any product could be non-finite.
 
     A first moment that saw a gradient which the second did not would later be divided by too little.
     """
-    bounds = [b.abs().amax() * a.abs().amax() * b.shape[1] for b, a in factors.values()]
+    bounds = [rows.largest(b) * a.abs().amax() * b.shape[1] for b, a in factors.values()]
     sound = torch.stack(bounds).isfinite().all()
     for name, (b, a) in factors.items():
         for key, factor in ((f"{name}_B", b), (f"{name}_A", a)):
@@ -122,13 +126,13 @@ def put_(state: State, **factors: tuple[Tensor, Tensor]) -> None:
             state[f"{name}_A"].copy_(a)
 
 
-def nonnegative(x: Tensor) -> Tensor:
+def nonnegative(x: Tensor, rows: Rows = HERE) -> Tensor:
     """Replace the negative entries of a reconstructed second moment by the mean of their magnitudes.
 
     MLorc's Algorithm 1. Without a floor an entry near zero would divide by nothing; no host synchronisation.
     """
     below = x < 0
-    floor = -x.clamp_max(0).sum() / below.sum().clamp_min(1)
+    floor = -rows.sum(x.clamp_max(0).sum()) / rows.sum(below.sum()).clamp_min(1)
     return torch.where(below, floor, x)
 
 
@@ -139,14 +143,15 @@ def means(param: Tensor, name: str) -> State:
     return {f"{name}_rows": torch.zeros(m, **like), f"{name}_columns": torch.zeros(n, **like)}
 
 
-def follow_means_(state: State, name: str, target: Tensor, decay: float) -> None:
+def follow_means_(state: State, name: str, target: Tensor, decay: float, rows: Rows = HERE) -> None:
     """Advance the averages of the target's row and column means (Shazeer and Stern 2018, Algorithm 4)."""
     state[f"{name}_rows"].lerp_(target.mean(1), 1 - decay)
-    state[f"{name}_columns"].lerp_(target.mean(0), 1 - decay)
+    state[f"{name}_columns"].lerp_(rows.sum(target.sum(0)).div_(rows.shape(target)[0]), 1 - decay)
 
 
-def from_means(state: State, name: str) -> Tensor:
+def from_means(state: State, name: str, rows: Rows = HERE) -> Tensor:
     """The non-negative rank-one matrix with these row and column means, (m, n); zero if they are."""
-    rows, columns = state[f"{name}_rows"], state[f"{name}_columns"]
+    of_rows, of_columns = state[f"{name}_rows"], state[f"{name}_columns"]
+    mean = rows.sum(of_rows.sum()) / rows.shape(of_rows)[0]
     # divided before it is multiplied: the product of two tiny means would underflow
-    return torch.outer(rows / rows.mean().clamp_min(torch.finfo(rows.dtype).tiny), columns)
+    return torch.outer(of_rows / mean.clamp_min(torch.finfo(mean.dtype).tiny), of_columns)

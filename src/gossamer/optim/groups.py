@@ -70,6 +70,11 @@ def param_groups(
         seen[id(param)] = name
         if not param.requires_grad:
             continue
+        if is_flattened(param) and entry_of(method).matrix_only:  # else all of the model would go to the fallback
+            raise UserError(
+                f"param_groups: {name!r} of shape {tuple(param.shape)} was flattened by FSDP1 or DeepSpeed ZeRO, and "
+                f"{entry_of(method).name} trains matrices; shard with {SHARD_WITH}"
+            )
         chosen, why = _choose(name, param, kind, method, fallback, rules, unmatched)
         own_lr = fallback_lr is not None and chosen is fallback and kind not in HIDDEN
         group = groups.setdefault(
@@ -84,6 +89,16 @@ def param_groups(
     if not groups:
         raise UserError("param_groups: there is no trainable parameter")
     return sorted(groups.values(), key=lambda group: group["method"] is not method)
+
+
+SHARD_WITH = "FSDP2 (fully_shard) or DDP"
+"""What leaves parameters the shapes that matrix methods need."""
+
+
+def is_flattened(param: Tensor) -> bool:
+    """Whether FSDP1 or DeepSpeed ZeRO made it one-dimensional, alone or together with others."""
+    marks = ("_is_flat_param", "_fsdp_flattened", "ds_")  # DeepSpeed sets ds_id, ds_shape, ...
+    return param.ndim == 1 and any(name.startswith(marks) for name in vars(param))
 
 
 def refusal(method: Method, shape: Sequence[int]) -> str | None:

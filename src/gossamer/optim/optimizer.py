@@ -6,7 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from gossamer.errors import UserError, nearest
 from gossamer.kernels import available
-from gossamer.optim import contract
+from gossamer.optim import contract, sharding
 from gossamer.optim.batch import Batch
 from gossamer.optim.contract import MOMENTS, Context, Method, State, hash63, moment_of
-from gossamer.optim.groups import default_fallback, refusal
+from gossamer.optim.groups import SHARD_WITH, default_fallback, is_flattened, refusal
+from gossamer.optim.sharding import blank, local
 from gossamer.optim.stores import arithmetic_dtype
 from gossamer.optim.sweep import Scratch, Sweep, Write
+from gossamer.rows import HERE, Parts
 
 Observer = Callable[[str, nn.Parameter, dict[str, Any], Tensor, Tensor], None]
 """A function of a parameter's name, itself, its group, the gradient (fp32 or wider, negated under `maximize`) and the
@@ -35,14 +37,15 @@ LAUNCHED_TOGETHER = 16
 """Matrices that kernels step in one launch, at most: they keep copies of that many matrices' factors."""
 
 
-def init_state(method: Method, param: Tensor) -> State:
+def init_state(method: Method, param: Tensor, layout: Any = None) -> State:
     """Everything the optimizer keeps for one parameter: three counters (fp32, on the CPU) and the method's tensors.
 
-    Runs on the meta device too, so that memory is counted with the same code that takes it.
+    Runs on the meta device too, so that memory is counted with the same code that takes it. A parameter with a
+    `layout` has the method's tensors on its mesh.
     """
     device = "meta" if param.is_meta else "cpu"
     counters = {name: torch.zeros((), dtype=torch.float32, device=device) for name in COUNTERS}
-    return {**counters, **method.init(param)}
+    return {**counters, **(method.init(param) if layout is None else sharding.fresh(method, param, layout))}
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
@@ -58,9 +61,9 @@ class PlanRow:
     method: str
     rank: int | None
     implementation: str
-    """"tiles", "kernels" or "reference"."""
+    """"tiles", "kernels" or "reference"; of a DTensor "sharded", "owner" or "whole" (`optim/sharding.py`)."""
     state_bytes: int
-    """The method's tensors; the driver's counters take 12 bytes more."""
+    """The method's tensors, over all processes that share them; the driver's counters take 12 bytes more."""
     why: str
 
 
@@ -109,6 +112,8 @@ class Optimizer(torch.optim.Optimizer):
     """Train each parameter group by its own method.
 
         opt = gossamer.Optimizer(gossamer.param_groups(model, LoRAPre(rank=128)), lr=1e-3)
+
+    Parameters that FSDP2 shards are stepped by their rows, with the numbers of one process (docs/distributed.md).
 
     Args:
         params: groups from `param_groups`, or whatever torch's optimizers take: parameters, (name, parameter) pairs,
@@ -187,13 +192,8 @@ class Optimizer(torch.optim.Optimizer):
             taken.add(name)
             if not param.is_floating_point() or param.is_sparse:
                 raise UserError(f"Optimizer: {name!r} is {param.dtype}, {param.layout}; allowed: dense real numbers")
-            if (reason := refusal(group["method"], param.shape)) is not None:
-                method = contract.entry_of(group["method"]).name
-                raise UserError(
-                    f"Optimizer: {name!r} of shape {tuple(param.shape)} is {reason}, and {method} trains matrices; "
-                    "let gossamer.param_groups(model, method) sort the parameters"
-                )
-            group["method"].init(torch.empty_like(param, device="meta"))  # what it refuses, it refuses now
+            _check_shape(name, param, group["method"])
+            group["method"].init(blank(param))  # what it refuses, it refuses now
             has_kernels = param.is_cuda and hasattr(group["method"], "launch_")
             if group["implementation"] == "fused" and has_kernels and implementation_of(param, group) != "kernels":
                 raise UserError(
@@ -208,12 +208,25 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.step_members(self.members())
+        return loss
+
+    @torch.no_grad()
+    def step_members(self, members: Iterable[tuple[str, nn.Parameter, dict[str, Any]]]) -> None:
+        """One step for those of these parameters that have a gradient; no step hook is called."""
         alike: defaultdict[tuple[Any, ...], list[Sweep]] = defaultdict(list)
-        for name, param, group in self.members():
-            if param.grad is None or param.numel() == 0:  # an empty shard has nothing to step
+        owned: list[tuple[Method, Sweep]] = []
+        for name, param, group in members:
+            if param.grad is None or param.numel() == 0:
                 continue
-            sweep, how = self._begin(name, param, group), implementation_of(param, group)
-            if how == "reference" or (how == "kernels" and self.observers):
+            if (sweep := self._begin(name, param, group)) is None:
+                continue
+            how = implementation_of(param, group)
+            if how == "whole":
+                _step_whole(group, sweep)
+            elif how == "owner" and sweep.context.rows is not HERE:
+                owned.append((group["method"], sweep))
+            elif how in ("reference", "sharded", "owner") or (how == "kernels" and self.observers):
                 self._step_by_reference(name, group, sweep)
             elif self.observers:
                 self._step_observed(name, group, sweep)
@@ -226,7 +239,8 @@ class Optimizer(torch.optim.Optimizer):
                 groups[group]["method"].step_(sweeps)
             else:
                 _launch(groups[group], sweeps)
-        return loss
+        if owned:
+            _step_by_owners(owned)
 
     @cached_property
     def _scratch(self) -> Scratch:
@@ -236,26 +250,53 @@ class Optimizer(torch.optim.Optimizer):
     def members(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
         """Every parameter with its name and its group."""
         for group in self.param_groups:
-            for name, param in zip(group["param_names"], group["params"], strict=True):
+            names, params = group["param_names"], group["params"]
+            if len(names) != len(params):
+                raise UserError(
+                    f"Optimizer: {len(names)} parameters from {names[0]!r} on were replaced by {len(params)}, as by "
+                    f"DeepSpeed ZeRO, which flattens them; allowed: as many in the same order, as with {SHARD_WITH}"
+                )
+            for name, param in zip(names, params, strict=True):
                 yield name, param, group
 
-    def _begin(self, name: str, param: nn.Parameter, group: dict[str, Any]) -> Sweep:
-        """The work on one parameter. Its state is made where there is none, and counted on."""
+    def _begin(self, name: str, param: nn.Parameter, group: dict[str, Any]) -> Sweep | None:
+        """The work on one parameter. Its state is made where there is none, and counted on.
+
+        None for a step that only asks for state, as distributed checkpointing does: the first, with a learning rate
+        and a gradient of zero. It is not counted, so that what a first step draws is drawn by the first real one.
+        """
         grad, method = param.grad, group["method"]
         assert grad is not None
         if grad.is_sparse or grad.is_complex():
             kind = "sparse" if grad.is_sparse else "complex"
             raise UserError(f"Optimizer: the gradient of {name!r} is {kind}; allowed: dense real gradients")
+        key = hash63(group["seed"], name)
+        layout = sharding.layout_of(name, param, key)
+        if layout is not None and self.observers:
+            raise UserError(f"Optimizer: {name!r} is a DTensor, which observers cannot look at; detach them")
+        rows: Any = HERE if layout is None else layout.rows
+        weight, grad = local(param), local(grad)
         state = self.state[param]
         if not state:
-            state.update(init_state(method, param))
+            _check_shape(name, param, method)  # it may have been replaced after the check
+            state.update(init_state(method, param, layout))
+            if float(group["lr"]) == 0 and not bool(rows.any(grad != 0)):
+                return None
         for counter in COUNTERS:
             state[counter] += 1
         step, m_step, v_step = (int(state[counter]) for counter in COUNTERS)
-        generator = torch.Generator(param.device).manual_seed(hash63(group["seed"], name, step))
-        context = Context(step, m_step, v_step, group["lr"], param, generator, hash63(group["seed"], name))
-        write = Write(param, group["lr"], group["weight_decay"], group["rounding"], generator)
-        return Sweep(grad, state, context, arithmetic_dtype(param), group["maximize"], write, self._scratch)
+        generator = torch.Generator(weight.device).manual_seed(hash63(group["seed"], name, step))
+        context = Context(step, m_step, v_step, group["lr"], weight, generator, key, rows)
+        stream = generator
+        if rows is not HERE:  # rows of other processes are rounded by other numbers
+            stream = torch.Generator(weight.device).manual_seed(hash63(group["seed"], name, step, rows.offset))
+        write = Write(weight, group["lr"], group["weight_decay"], group["rounding"], stream)
+        held = state if layout is None else {k: local(tensor) for k, tensor in state.items()}
+        return Sweep(grad, held, context, arithmetic_dtype(param), group["maximize"], write, self._scratch)
+
+    def fresh_state(self, name: str, param: nn.Parameter, group: dict[str, Any]) -> State:
+        """What is kept for a parameter before its first step; of a DTensor on its mesh."""
+        return init_state(group["method"], param, sharding.layout_of(name, param, hash63(group["seed"], name)))
 
     def _step_by_reference(self, name: str, group: dict[str, Any], sweep: Sweep) -> None:
         grad = sweep.whole()
@@ -308,7 +349,7 @@ class Optimizer(torch.optim.Optimizer):
                 if params[name] in self.state:
                     self.state[params[name]][f"{moment}_step"].zero_()
         for _, _, tensor in touched:
-            tensor.zero_()
+            local(tensor).zero_()
         after = _norm(tensor for _, _, tensor in touched)
         return Reset(len({name for name, _, _ in touched}), len(touched), before, after)
 
@@ -318,7 +359,7 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             method = group["method"]
             for name, param, why in zip(group["param_names"], group["params"], group["why"], strict=True):
-                meta = torch.empty_like(param, device="meta")
+                meta = blank(param)
                 rows.append(
                     PlanRow(
                         name,
@@ -369,11 +410,10 @@ class Optimizer(torch.optim.Optimizer):
                     raise UserError(f"load_state_dict: the checkpoint has {theirs!r} where this optimizer has {ours!r}")
             for index, param, label in zip(saved["params"], group["params"], group["param_names"], strict=True):
                 if index in saved_state:  # else it never had a gradient
-                    _check_shapes(
-                        label, saved_state[index], init_state(group["method"], torch.empty_like(param, device="meta"))
-                    )
+                    _check_shapes(label, saved_state[index], init_state(group["method"], blank(param)))
+                    put = sharding.putter(label, group["method"], param)
                     state[param] = {
-                        key: value.clone() if key in COUNTERS else value.to(param.device, copy=True)
+                        key: value.clone() if key in COUNTERS else put(key, value)
                         for key, value in saved_state[index].items()
                     }
             method = contract.build(**saved["method"])
@@ -386,8 +426,11 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def implementation_of(param: Tensor, group: dict[str, Any]) -> str:
-    """How a parameter is stepped: by the method's "reference", or by a twin, in "tiles" or by "kernels"."""
+    """How a parameter is stepped: by the method's "reference", by a twin, in "tiles" or by "kernels", or if it is a
+    DTensor as `optim/sharding.py` says."""
     method = group["method"]
+    if sharding.is_placed(param):
+        return sharding.how(method, tuple(param.shape))
     if group["implementation"] != "reference":
         if hasattr(method, "launch_") and available(param.device) and method.can_launch(param):
             return "kernels"
@@ -411,8 +454,39 @@ def _launch(group: dict[str, Any], sweeps: list[Sweep]) -> None:
         )
 
 
+def _step_whole(group: dict[str, Any], sweep: Sweep) -> None:
+    """Every process does the work on all rows, and keeps its own."""
+    ctx, rows = sweep.context, sweep.context.rows
+    whole = ctx._replace(param=rows.gather(ctx.param), rows=HERE)
+    direction = group["method"].update(rows.gather(sweep.whole()), sweep.state, whole)
+    sweep.descend(slice(None), rows.mine(direction))
+
+
+def _step_by_owners(owned: list[tuple[Method, Sweep]]) -> None:
+    from gossamer.distributed.owners import Job, run
+
+    def parts(method: Any, sweep: Sweep) -> Parts:  # begun when it is its turn: until then nothing is copied
+        return (yield from method.parts(sweep.whole(), sweep.state, sweep.context))
+
+    jobs = []
+    for method, sweep in owned:
+        rows: Any = sweep.context.rows
+        m, n = rows.shape(sweep.grad)
+        jobs.append(Job(parts(method, sweep), rows, m * n * min(m, n), partial(sweep.descend, slice(None))))
+    run(jobs)
+
+
+def _check_shape(name: str, param: Tensor, method: Method) -> None:
+    if (reason := refusal(method, param.shape)) is None:
+        return
+    what = f"Optimizer: {name!r} of shape {tuple(param.shape)} is {reason}, and {contract.entry_of(method).name} trains"
+    if is_flattened(param):
+        raise UserError(f"{what} matrices: FSDP1 or DeepSpeed ZeRO flattened it; shard with {SHARD_WITH}")
+    raise UserError(f"{what} matrices; let gossamer.param_groups(model, method) sort the parameters")
+
+
 def _norm(tensors: Iterable[Tensor]) -> float:
-    norms = [tensor.double().norm() for tensor in tensors]
+    norms = [sharding.norm(tensor) for tensor in tensors]
     return float(torch.stack(norms).norm()) if norms else 0.0
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gossamer.linalg import newton_schulz
+from gossamer.rows import HERE, Parts, Rows, entries
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
 """How `orthogonalize` accounts for the shape of a matrix: torch.optim.Muon's two words."""
@@ -21,28 +22,32 @@ def adam(m: Tensor, v: Tensor, eps: float) -> Tensor:
     return m.div_(v.sqrt_().add_(eps))
 
 
-def orthogonalize(m: Tensor, adjust_lr_fn: str) -> Tensor:
+def orthogonalize(m: Tensor, adjust_lr_fn: str, rows: Rows = HERE) -> Parts:
     """Roughly U V^T of `m = U S V^T`, times a factor that depends on the shape alone (Jordan 2024; Liu et al. 2025).
+
+    Rows travel in bf16, which is what `newton_schulz` reads and gives, except for fp64.
 
     Args:
         m: (rows, columns), fp32 or fp64.
         adjust_lr_fn: "original", sqrt(max(1, rows / columns)), which gives every shape the same spectral norm from unit
             inputs to unit outputs; or "match_rms_adamw", 0.2 sqrt(max(rows, columns)), a root mean square of 0.2.
+        rows: of m.
 
     Returns:
         m's shape and dtype; finite where m is.
     """
-    rows, columns = m.shape
-    factor = max(1.0, rows / columns) ** 0.5 if adjust_lr_fn == "original" else 0.2 * max(rows, columns) ** 0.5
-    return newton_schulz(m).to(m.dtype).mul_(factor)
+    height, columns = rows.shape(m)
+    factor = max(1.0, height / columns) ** 0.5 if adjust_lr_fn == "original" else 0.2 * max(height, columns) ** 0.5
+    found = yield newton_schulz, m if m.dtype is torch.float64 else m.to(torch.bfloat16)
+    return found.to(m.dtype).mul_(factor)
 
 
 # --- guards against overflow: far above any gradient of a run that is alive; NaN is passed on ---
 
 
-def cut_gradient(g: Tensor) -> Tensor:
-    """`g` with its entries cut at `gradient_bound`."""
-    bound = gradient_bound(g.dtype, g.numel())
+def cut_gradient(g: Tensor, rows: Rows = HERE) -> Tensor:
+    """`g` with its entries cut at `gradient_bound`. rows: of g."""
+    bound = gradient_bound(g.dtype, entries(g, rows))
     return g.clamp(-bound, bound)
 
 

@@ -24,7 +24,10 @@ from gossamer.errors import UserError
 from gossamer.optim.contract import Context, State
 
 BLOCK = 256
-"""Neighbours in the flattened tensor that share one scale."""
+"""Neighbours in a row that share one scale.
+
+The last block of a row is what is left of it: a row, wherever it lies, is encoded by itself. A tensor of one dimension
+is one row, and one of more than two has a row for each first index."""
 
 
 def arithmetic_dtype(param: Tensor) -> torch.dtype:
@@ -73,7 +76,8 @@ def moments(param: Tensor, *names: str, bits: int, shape: tuple[int, ...] | None
     state = {}
     for name in names:
         state[f"{name}_codes"] = torch.zeros_like(like, dtype=torch.uint8, memory_format=torch.contiguous_format)
-        state[f"{name}_scale"] = like.new_zeros(-(-like.numel() // BLOCK), dtype=arithmetic_dtype(param))
+        shape = (*_heights(like), -(-_length(like) // BLOCK))
+        state[f"{name}_scale"] = like.new_zeros(shape, dtype=arithmetic_dtype(param))
     return state
 
 
@@ -84,8 +88,8 @@ def read(state: State, name: str) -> Tensor:
     if f"{name}_bf16" in state:
         return state[f"{name}_bf16"].float()
     codes, scale = state[f"{name}_codes"], state[f"{name}_scale"]
-    values = codebook(_signed(name), scale.dtype, scale.device)[codes.view(-1).int()]
-    return _blocks(values).mul_(scale[:, None]).view(-1)[: codes.numel()].view(codes.shape)
+    values = codebook(_signed(name), scale.dtype, scale.device)[codes.view(-1).int()].view(codes.shape)
+    return _unblocked(_blocks(values).mul_(scale[..., None]), codes)
 
 
 def adam_moments_(state: State, grad: Tensor, betas: tuple[float, float], ctx: Context) -> tuple[Tensor, Tensor]:
@@ -116,13 +120,13 @@ def write_(state: State, **values: Tensor) -> None:
             state[f"{name}_bf16"].copy_(value)
             continue
         book, blocks = codebook(_signed(name), value.dtype, value.device), _blocks(value)
-        scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+        scale = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
         unit = blocks / torch.where(scale == 0, torch.ones_like(scale), scale)
         codes = torch.bucketize(unit, (book[1:] + book[:-1]) / 2, out_int32=True)
         if not _signed(name):
             codes = codes.maximum((blocks > 0).int())
-        state[f"{name}_codes"].copy_(codes.view(-1)[: value.numel()].view(value.shape))
-        state[f"{name}_scale"].copy_(scale.squeeze(1))
+        state[f"{name}_codes"].copy_(_unblocked(codes, value))
+        state[f"{name}_scale"].copy_(scale.squeeze(-1))
 
 
 @cache
@@ -146,5 +150,23 @@ def _signed(name: str) -> bool:
 
 
 def _blocks(x: Tensor) -> Tensor:
-    """(blocks, BLOCK) of the flattened x, the last one filled up with zeros. A view where nothing is to fill."""
-    return F.pad(x.reshape(-1), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+    """(rows, blocks, entries) or, of one row, (blocks, entries); the last of a row filled up with zeros, if any is."""
+    length = _length(x)
+    count = -(-length // BLOCK)
+    size = BLOCK if count > 1 else length
+    return F.pad(x.reshape(*_heights(x), length), (0, count * size - length)).unflatten(-1, (count, size))
+
+
+def _unblocked(blocks: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_blocks`, in the shape of `like`."""
+    return blocks.flatten(-2)[..., : _length(like)].reshape(like.shape)
+
+
+def _heights(x: Tensor) -> tuple[int, ...]:
+    """(rows,), or nothing if there is one."""
+    return tuple(x.shape[:1]) if x.ndim > 1 else ()
+
+
+def _length(x: Tensor) -> int:
+    """Entries of a row."""
+    return torch.Size(x.shape[1:] if x.ndim > 1 else x.shape).numel()

@@ -1,13 +1,14 @@
 """Coordinates on a few directions of a matrix's smaller side: what GaLore, GoLore, Fira, APOLLO and LDAdam share.
 
     basis = subspace.refreshed(state["basis"], grad, ctx, "svd")      # s x r, orthonormal columns
-    view = Subspace(basis, tall(grad))
+    view = Subspace.of(basis, grad, ctx.rows)
     low = view.down(grad)                                             # l x r
     direction = view.up(low)                                          # the shape of grad
 
 A matrix is m x n, s = min(m, n), l = max(m, n). It is tall where m >= n, so a square one is. A wide one is worked on as
 its transpose: in the subspace every tensor is l x r, one row for each channel of the larger side, and only this file
-knows which side that was.
+knows which side that was. Where processes hold rows of the matrix, they hold their channels of a tall one, and of a
+wide one their rows of the basis and every channel.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gossamer.optim import rules, stores
 from gossamer.optim.contract import Context, State
 from gossamer.optim.stores import arithmetic_dtype
 from gossamer.optim.sweep import Sweep
+from gossamer.rows import HERE, Rows
 
 Refresh = Literal["svd", "warm", "random"]
 REFRESHES = ("svd", "warm")
@@ -35,9 +37,10 @@ TINY_NORM = 1e-8
 """Added to norms that divide: the authors' constant in Fira and in APOLLO, for the gain and for the limiter."""
 
 
-def tall(matrix: Tensor) -> bool:
+def tall(matrix: Tensor, rows: Rows = HERE) -> bool:
     """Whether the columns are the smaller side (m >= n)."""
-    return matrix.shape[0] >= matrix.shape[1]
+    m, n = rows.shape(matrix)
+    return m >= n
 
 
 def low_shape(param: Tensor, rank: int) -> tuple[int, int]:
@@ -75,10 +78,19 @@ class Subspace(NamedTuple):
     basis: Tensor
     """s x r."""
     tall: bool
+    side: Rows = HERE
+    """Of the basis: those of a wide matrix."""
+    channels: Rows = HERE
+    """Of what is l x r: those of a tall matrix."""
+
+    @classmethod
+    def of(cls, basis: Tensor, matrix: Tensor, rows: Rows) -> Subspace:
+        """The span of `basis`, of the smaller side of `matrix`."""
+        return cls(basis, True, channels=rows) if tall(matrix, rows) else cls(basis, False, side=rows)
 
     def down(self, matrix: Tensor) -> Tensor:
         """Coordinates of `matrix`, l x r: G P for a tall matrix, G^T P for a wide one (the paper's (P^T G)^T)."""
-        return (matrix if self.tall else matrix.mT) @ self.basis
+        return self.side.sum((matrix if self.tall else matrix.mT) @ self.basis)
 
     def up(self, low: Tensor) -> Tensor:
         """The matrix whose coordinates are `low` (l x r), in the shape of the weight."""
@@ -100,7 +112,7 @@ class Subspace(NamedTuple):
 
     def channel_norms(self, matrix: Tensor) -> Tensor:
         """Norm of each channel of a matrix of the weight's shape, l x 1."""
-        return torch.linalg.vector_norm(matrix if self.tall else matrix.mT, dim=1, keepdim=True)
+        return self.side.hypot(torch.linalg.vector_norm(matrix if self.tall else matrix.mT, dim=1, keepdim=True))
 
 
 # --- the basis ---
@@ -136,29 +148,35 @@ def refreshed(old: Tensor, grad: Tensor, ctx: Context, kind: Refresh) -> Tensor:
     needs no SVD; at the first step three, from a Gaussian start. "random": uniform over all r-dimensional subspaces, by
     QR of an s x r Gaussian.
     """
-    start = old
+    view = Subspace.of(old, grad, ctx.rows)
+    start, shape = old, view.side.shape(old)
     if ctx.step == 1 or kind == "random":
-        gaussian = torch.randn(old.shape, dtype=old.dtype, device=old.device, generator=ctx.generator)
-        start = linalg.orthonormalize(gaussian)
+        gaussian = torch.randn(shape, dtype=old.dtype, device=old.device, generator=ctx.generator)
+        start = view.side.mine(linalg.orthonormalize(gaussian))
     if kind == "random":
         return start
     if kind == "svd":
-        found = linalg.svd(grad if tall(grad) else grad.mT)[2][: old.shape[1]].mT
-        return torch.where((grad != 0).any(), found, start)
+
+        def leading(matrix: Tensor) -> Tensor:
+            return linalg.svd(matrix if view.tall else matrix.mT)[2][: shape[1]].mT
+
+        found = view.side.mine(ctx.rows.whole(leading, grad, shape))
+        return torch.where(ctx.rows.any(grad != 0), found, start)
     for _ in range(START_ITERATIONS if ctx.step == 1 else 1):
-        start = iterated(start, grad)
+        start = iterated(start, grad, ctx.rows)
     return start
 
 
-def iterated(basis: Tensor, matrix: Tensor) -> Tensor:
+def iterated(basis: Tensor, matrix: Tensor, rows: Rows) -> Tensor:
     """One block power iteration towards the leading singular vectors of `matrix` on its smaller side.
 
     Q of X^T X basis, with an orthonormalisation between the two products: the same Q in exact arithmetic, but the
     trailing directions do not drown in the rounding of the squared leading ones. A zero matrix leaves the basis.
     """
-    long = matrix if tall(matrix) else matrix.mT
-    found = linalg.orthonormalize(long.mT @ linalg.orthonormalize(long @ basis))
-    return torch.where((matrix != 0).any(), found, basis)
+    view = Subspace.of(basis, matrix, rows)
+    low = linalg.orthonormalize(view.down(matrix), view.channels)
+    found = linalg.orthonormalize(view.channels.sum((matrix.mT if view.tall else matrix) @ low), view.side)
+    return torch.where(rows.any(matrix != 0), found, basis)
 
 
 # --- norms ---
@@ -169,28 +187,35 @@ def check_growth(method: str, growth_limit: float | None) -> None:
         raise UserError(f"{method}: growth_limit is {growth_limit}; allowed: a number >= 1, or None")
 
 
-def norm(x: Tensor, dim: int | None = None) -> Tensor:
-    """Euclidean norm with the dimensions kept, of numbers so large or so small that their squares are not."""
-    dims = tuple(range(x.ndim)) if dim is None else (dim,)
-    size = x.abs().amax(dims, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    return size * torch.linalg.vector_norm(x / size, dim=dims, keepdim=True)
+def norm(x: Tensor) -> Tensor:
+    """Euclidean norm of each row of l x k, l x 1, of numbers so large or so small that their squares are not."""
+    size = x.abs().amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return size * torch.linalg.vector_norm(x / size, dim=1, keepdim=True)
 
 
-def channel_gain(after: Tensor, before: Tensor, *, tensor: bool = False) -> Tensor:
+def whole_norm(x: Tensor, channels: Rows = HERE) -> Tensor:
+    """The same of all of l x k, 1 x 1."""
+    size = channels.largest(x).clamp_min(torch.finfo(x.dtype).tiny)
+    return (size * channels.hypot(torch.linalg.vector_norm(x / size))).reshape(1, 1)
+
+
+def channel_gain(after: Tensor, before: Tensor, *, whole: Rows | None = None) -> Tensor:
     """How much a rule lengthened each channel: |after_j| / (|before_j| + 1e-8) over the rank dimension, l x 1.
 
     Args:
         after, before: l x r, e.g. Adam's direction and the projected gradient.
-        tensor: one ratio for the whole matrix, 1 x 1.
+        whole: their rows, for one ratio of the whole matrix, 1 x 1.
     """
-    dim = None if tensor else 1
-    gain = norm(after, dim) / (norm(before, dim) + TINY_NORM)
+    of_after, of_before = (norm(x) if whole is None else whole_norm(x, whole) for x in (after, before))
+    gain = of_after / (of_before + TINY_NORM)
     return gain.clamp_max(torch.finfo(gain.dtype).max ** 0.5)
 
 
-def limit_channels(norms: Tensor, state: State, betas: tuple[float, float], ctx: Context, gamma: float) -> Tensor:
+def limit_channels(
+    norms: Tensor, state: State, betas: tuple[float, float], ctx: Context, gamma: float, channels: Rows = HERE
+) -> Tensor:
     """`limit_growth` of a direction whose channels have these norms, l x 1: its size is without bias correction."""
-    size = norm(norms) * ((1 - betas[0] ** ctx.m_step) / (1 - betas[1] ** ctx.v_step) ** 0.5)
+    size = whole_norm(norms, channels) * ((1 - betas[0] ** ctx.m_step) / (1 - betas[1] ** ctx.v_step) ** 0.5)
     return limit_growth(size, state["norm"], gamma, fresh=ctx.m_step == 1 or ctx.v_step == 1)
 
 

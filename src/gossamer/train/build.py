@@ -10,7 +10,8 @@ from torch import nn
 from gossamer import layers
 from gossamer.errors import UserError
 from gossamer.models import build_model, resolve_config
-from gossamer.train.config import Pretrain
+from gossamer.optim import Optimizer, param_groups
+from gossamer.train.config import Pretrain, Training
 
 
 def build(config: Pretrain[Any, Any, Any], vocabulary: int, device: torch.device) -> tuple[nn.Module, list[str]]:
@@ -37,3 +38,14 @@ def build(config: Pretrain[Any, Any, Any], vocabulary: int, device: torch.device
     if config.layers is None:
         return model, []
     return model, layers.apply(model, config.layers, config.layer_targets, seed=config.seed)
+
+
+def build_optimizer(config: Training[Any, Any], model: nn.Module) -> Optimizer:
+    """What steps the parameters of `model`, sharded or not."""
+    return Optimizer(
+        param_groups(model, config.method, fallback=config.fallback, fallback_lr=config.fallback_lr),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        rounding=config.rounding,
+        seed=config.seed,
+    )

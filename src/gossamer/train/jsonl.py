@@ -24,7 +24,7 @@ def read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             value = json.loads(line)
             if not isinstance(value, dict):
                 raise ValueError("not an object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 return
             raise UserError(f"{path}, line {number}: not a JSON object ({error})") from None
@@ -42,7 +42,7 @@ def mend(path: Path) -> None:
         return
     try:
         json.loads(last)
-    except ValueError:
+    except (ValueError, RecursionError):
         with path.open("r+b") as file:
             file.truncate(len(content) - len(last))
     else:

@@ -46,7 +46,13 @@ class RunLog:
 
 
 def _until(path: Path, step: int) -> list[dict[str, Any]]:
-    return [event for _, event in jsonl.read(path) if event["event"] != "end" and event.get("step", 0) <= step]
+    kept = []
+    for number, event in jsonl.read(path):
+        if not isinstance(event.get("event"), str) or not isinstance(event.get("step", 0), int):
+            raise UserError(f"{path}, line {number}: not an event of a run")
+        if event["event"] != "end" and event.get("step", 0) <= step:
+            kept.append(event)
+    return kept
 
 
 def _finite(value: Any) -> Any:
@@ -126,6 +132,25 @@ def _tensorboard(folder: Path, config: dict[str, Any]) -> Tracker:
 
 
 _TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard}
+
+
+class Journal:
+    """What a run's main process writes down: its log, and the numbers that trackers get."""
+
+    def __init__(
+        self, folder: Path, trackers: Sequence[str], config: dict[str, Any], *, resume_step: int | None
+    ) -> None:
+        self._log = RunLog(folder, resume_step=resume_step)
+        self._trackers = start_trackers(trackers, folder, config)
+
+    def write(self, event: str, step: int, **fields: Any) -> None:
+        self._log.write(event, step=step, **fields)
+        numbers = {f"{event}/{key}": float(v) for key, v in fields.items() if isinstance(v, (int, float))}
+        for tracker in self._trackers:
+            tracker(step, numbers)
+
+    def close(self) -> None:
+        self._log.close()
 
 
 def what_runs(memory: Memory) -> dict[str, Any]:

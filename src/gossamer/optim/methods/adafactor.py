@@ -11,12 +11,14 @@ from gossamer.errors import UserError
 from gossamer.optim import rules
 from gossamer.optim.contract import Context, State, register
 from gossamer.optim.stores import arithmetic_dtype, dense
+from gossamer.rows import HERE, Rows, entries
 
 
 @register(
     "adafactor",
     paper="Shazeer and Stern, Adafactor, ICML 2018, arXiv 1804.04235",
     matrix_only=False,
+    by_rows=True,
     quick={"lr": 1.5e-2},
 )
 @dataclass(frozen=True)
@@ -61,27 +63,30 @@ class Adafactor:
         return {"v_rows": _zeros(param, -1), "v_columns": _zeros(param, -2)}
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad = rules.cut_gradient(grad)
+        grad = rules.cut_gradient(grad, ctx.rows)
         eps1 = torch.finfo(grad.dtype).eps if self.eps[0] is None else self.eps[0]
         newest = ctx.v_step**self.beta2_decay
         if grad.ndim < 2:
             v = state["v"].lerp_(grad.square(), newest).clone()
         else:
-            for key, dim in (("v_rows", -1), ("v_columns", -2)):
-                means = torch.linalg.vector_norm(grad, dim=dim, keepdim=True).square_().div_(grad.shape[dim])
-                state[key].lerp_(means, newest)
+            rows = ctx.rows if grad.ndim == 2 else HERE  # beyond that they are matrices of their own
+            height, columns = rows.shape(grad)[-2:]
+            of_rows = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).square_().div_(columns)
+            of_columns = rows.sum(torch.linalg.vector_norm(grad, dim=-2, keepdim=True).square_()).div_(height)
+            state["v_rows"].lerp_(of_rows, newest)
+            state["v_columns"].lerp_(of_columns, newest)
+            mean = rows.sum(state["v_rows"].sum(-2, keepdim=True)).div_(height)
             # divided before it is multiplied: the product of two huge means would overflow
-            rows = state["v_rows"] / state["v_rows"].mean(-2, keepdim=True).clamp_min(eps1)
-            v = rows @ state["v_columns"]
+            v = (state["v_rows"] / mean.clamp_min(eps1)) @ state["v_columns"]
         u = v.clamp_min_(eps1 * eps1).rsqrt_().mul_(grad)
-        size = _rms(ctx.param.to(grad.dtype)).clamp_min(self.eps[1])
+        size = _rms(ctx.param.to(grad.dtype), ctx.rows).clamp_min(self.eps[1])
         ratio = ctx.lr * ctx.step**0.5  # of lr to 1 / sqrt(t)
         ratio = ratio.clamp_min(1.0) if isinstance(ratio, Tensor) else max(ratio, 1.0)
-        return u.mul_(size / _rms(u).div_(self.d).clamp_min_(1.0) / ratio)
+        return u.mul_(size / _rms(u, ctx.rows).div_(self.d).clamp_min_(1.0) / ratio)
 
 
-def _rms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x) / x.numel() ** 0.5
+def _rms(x: Tensor, rows: Rows) -> Tensor:
+    return rows.hypot(torch.linalg.vector_norm(x)) / entries(x, rows) ** 0.5
 
 
 def _zeros(param: Tensor, dim: int) -> Tensor:

@@ -11,12 +11,14 @@ from torch import Tensor
 from gossamer.errors import UserError, nearest
 from gossamer.optim import rules, stores
 from gossamer.optim.contract import Context, State, check_adam, register
+from gossamer.rows import entries
 
 
 @register(
     "adam-mini",
     paper="Zhang et al., Adam-mini, ICLR 2025, arXiv 2406.16793",
     matrix_only=False,
+    by_rows=True,
     quick={"lr": 4e-4, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
@@ -59,10 +61,13 @@ class AdamMini:
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         beta1, beta2 = self.betas
-        grad = rules.cut_gradient(grad)
+        grad = rules.cut_gradient(grad, ctx.rows)
         m = state["m"].lerp_(grad, 1 - beta1)
-        blocks = grad.reshape(len(state["v"]), -1)
-        v = state["v"].lerp_(torch.linalg.vector_norm(blocks, dim=1).square_().div_(blocks.shape[1]), 1 - beta2)
+        one = grad.ndim < 2 or self.blocks in ("tensor", 1)
+        size = entries(grad, ctx.rows) // (1 if one else ctx.rows.shape(state["v"])[0])
+        blocks = grad.reshape(1, -1) if one else grad.reshape(-1, size)
+        squares = torch.linalg.vector_norm(blocks, dim=1).square_()
+        v = state["v"].lerp_((ctx.rows.sum(squares) if one else squares).div_(size), 1 - beta2)
         m_hat = (m / (1 - beta1**ctx.m_step)).reshape(blocks.shape)
         return rules.adam(m_hat, v[:, None] / (1 - beta2**ctx.v_step), self.eps).view(grad.shape)
 

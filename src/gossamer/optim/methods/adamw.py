@@ -19,6 +19,7 @@ from gossamer.optim.sweep import Sweep
     "adamw",
     paper="Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101",
     matrix_only=False,
+    by_rows=True,
     quick={"lr": 4e-4, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class AdamW:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     state_bits: Literal[32, 16, 8] = 32
-    """Of each moment: fp32, or 8-bit codes with one scale for 256 neighbours (`adamw-8bit`)."""
+    """Of each moment: fp32, or 8-bit codes with one scale for 256 neighbours in a row (`adamw-8bit`)."""
 
     def __post_init__(self) -> None:
         check_adam("adamw", self.betas, self.eps)
@@ -50,7 +51,7 @@ class AdamW:
         return stores.moments(param, "m", "v", bits=self.state_bits)
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        return rules.adam(*stores.adam_moments_(state, rules.cut_gradient(grad), self.betas, ctx), self.eps)
+        return rules.adam(*stores.adam_moments_(state, rules.cut_gradient(grad, ctx.rows), self.betas, ctx), self.eps)
 
     def can_sweep(self) -> bool:
         return self.state_bits == 32
@@ -86,6 +87,7 @@ class AdamW:
     "adamw-8bit",
     paper="Dettmers et al., 8-bit Optimizers via Block-wise Quantization, ICLR 2022, arXiv 2110.02861",
     matrix_only=False,
+    by_rows=True,
     quick={"lr": 4e-4, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
@@ -94,12 +96,13 @@ class AdamW8bit(AdamW):
 
         m <- beta1 decode(m) + (1 - beta1) g;   v <- beta2 decode(v) + (1 - beta2) g^2
         direction = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)            from the moments before encoding
-        encode: each 256 neighbours of the flattened moment over their largest entry, to the nearest of 256 numbers
+        encode: each 256 neighbours in a row over their largest entry, to the nearest of 256 numbers
 
     Paper: arXiv 2110.02861, Section 2 (blocks) and Section 1.3 (the numbers: dynamic tree quantization).
 
     Deviations from the paper and from bitsandbytes, its authors' code:
-    - 256 entries share a scale, as in the newer code; the paper's 2048 save another 1 % of the state.
+    - 256 entries share a scale, as in the newer code; the paper's 2048 save another 1 % of the state. Blocks end with a
+      row instead of running on: a shard of rows has the codes of the whole (`test_rows_are_encoded_by_themselves`).
     - The scale carries the sign of the largest entry, which is then exact whichever it is; the codes themselves are not
       symmetric (`test_codes_keep_zero_and_the_largest_entry`).
     - A second moment that is not zero never becomes zero: next to that of a gradient 2500 times larger it would, and

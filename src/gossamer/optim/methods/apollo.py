@@ -14,11 +14,14 @@ from gossamer.optim import rules, stores, subspace
 from gossamer.optim.contract import Context, State, check_adam, check_choice, check_rank, hash63, register
 from gossamer.optim.subspace import Subspace, check_gap, check_growth, generation, tall
 from gossamer.optim.sweep import Sweep
+from gossamer.rows import Rows
 
 PAPER = "Zhu et al., APOLLO, MLSys 2025, arXiv 2412.05270"
 
 
-@register("apollo", paper=PAPER, quick={"lr": 3e-3, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)})
+@register(
+    "apollo", paper=PAPER, by_rows=True, quick={"lr": 3e-3, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)}
+)
 @dataclass(frozen=True)
 class Apollo:
     """SGD with a learning rate for each channel, read off an Adam that sees a random projection of the gradient.
@@ -72,8 +75,9 @@ class Apollo:
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         grad = rules.cut_projected(grad)
-        view = Subspace(self.projection(grad, ctx), tall(grad))
-        gain = self._gain(view.down(grad), view.channel_norms(grad), state, ctx)
+        projection, is_tall = self.projection(grad, ctx), tall(grad, ctx.rows)
+        view = Subspace.of(projection if is_tall else ctx.rows.mine(projection), grad, ctx.rows)
+        gain = self._gain(view.down(grad), view.channel_norms(grad), state, ctx, view.channels)
         return grad.mul_(view.along(gain))
 
     def step_(self, sweeps: Sequence[Sweep]) -> None:
@@ -87,30 +91,33 @@ class Apollo:
             for rows, grad in sweep.gradients(bound):
                 subspace.add_squares_(sums, rows, grad.square(), tall(like))
         low = Subspace(self.projection(like, sweep.context), tall(like)).down_sweep(sweep)
-        gain = self._gain(low, sums.sqrt_(), sweep.state, sweep.context)
+        gain = self._gain(low, sums.sqrt_(), sweep.state, sweep.context, sweep.context.rows)
         sweep.descend_sum(None, gain if tall(like) else gain.mT, bound)
 
-    def _gain(self, low: Tensor, norms: Tensor, state: State, ctx: Context) -> Tensor:
+    def _gain(self, low: Tensor, norms: Tensor, state: State, ctx: Context, channels: Rows) -> Tensor:
         """What each channel of the gradient is multiplied by, l x 1 or 1 x 1. Advances the moments and the limiter.
 
         Args:
-            low: the projected gradient, l x r. norms: of the gradient's channels, l x 1.
+            low: the projected gradient, l x r. norms: of the gradient's channels, l x 1. channels: the rows of both.
         """
         psi = rules.adam(*stores.adam_moments_(state, low, self.betas, ctx), self.eps)
-        gain = subspace.channel_gain(psi, low, tensor=self.scaling == "tensor")
+        gain = subspace.channel_gain(psi, low, whole=channels if self.scaling == "tensor" else None)
         if self.growth_limit is not None:
-            gain = gain * subspace.limit_channels(gain * norms, state, self.betas, ctx, self.growth_limit)
+            gain = gain * subspace.limit_channels(gain * norms, state, self.betas, ctx, self.growth_limit, channels)
         return gain * self.scale**0.5
 
     def projection(self, grad: Tensor, ctx: Context) -> Tensor:
         """P, s x r: the same between two refreshes, without being kept."""
         seed = hash63(ctx.key, generation(ctx.step, self.update_proj_gap))
-        size, rank = min(grad.shape), min(self.rank, *grad.shape)
+        shape = ctx.rows.shape(grad)
+        size, rank = min(shape), min(self.rank, *shape)
         generator = torch.Generator(grad.device).manual_seed(seed)
         return torch.randn(size, rank, dtype=grad.dtype, device=grad.device, generator=generator).div_(rank**0.5)
 
 
-@register("apollo-mini", paper=PAPER, quick={"lr": 1e-3, "rank": 1, "update_proj_gap": 50, "betas": (0.9, 0.95)})
+@register(
+    "apollo-mini", paper=PAPER, by_rows=True, quick={"lr": 1e-3, "rank": 1, "update_proj_gap": 50, "betas": (0.9, 0.95)}
+)
 @dataclass(frozen=True)
 class ApolloMini(Apollo):
     """APOLLO at rank 1 with one factor for the whole matrix: state of two vectors.

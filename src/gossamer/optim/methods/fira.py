@@ -19,6 +19,7 @@ from gossamer.optim.sweep import Sweep
 @register(
     "fira",
     paper="Chen et al., Fira, NeurIPS 2025, arXiv 2410.01623",
+    by_rows=True,
     quick={"lr": 2e-3, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Fira:
         grad, basis = rules.cut_projected(grad), state["basis"]
         if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
             basis.copy_(subspace.refreshed(basis, grad, ctx, self.refresh))
-        view = Subspace(basis, tall(grad))
+        view = Subspace.of(basis, grad, ctx.rows)
 
         low = view.down(grad)
         psi = rules.adam(*stores.adam_moments_(state, low, self.betas, ctx), self.eps)
@@ -87,7 +88,7 @@ class Fira:
         gain = subspace.channel_gain(psi, low)
         if self.growth_limit is not None:
             norms = gain * view.channel_norms(residual)
-            gain = gain * subspace.limit_channels(norms, state, self.betas, ctx, self.growth_limit)
+            gain = gain * subspace.limit_channels(norms, state, self.betas, ctx, self.growth_limit, view.channels)
         return residual.mul_(view.along(gain)).add_(view.up(psi * self.scale))
 
     def step_(self, sweeps: Sequence[Sweep]) -> None:

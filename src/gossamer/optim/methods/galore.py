@@ -17,6 +17,7 @@ from gossamer.optim.sweep import Sweep
 @register(
     "galore",
     paper="Zhao et al., GaLore, ICML 2024, arXiv 2403.03507",
+    by_rows=True,
     quick={"lr": 6e-4, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class GaLore:
     staggered: bool = False
     """Refresh parameters in turn over the gap instead of all in one step."""
     state_bits: Literal[32, 16, 8] = 32
-    """Of each moment: fp32, or 8-bit codes with one scale for 256 neighbours (the paper's 8-bit GaLore)."""
+    """Of each moment: fp32, or 8-bit codes with one scale for 256 neighbours in a row (the paper's 8-bit GaLore)."""
 
     def __post_init__(self) -> None:
         check_adam("galore", self.betas, self.eps)
@@ -72,7 +73,7 @@ class GaLore:
         grad, basis = rules.cut_projected(grad), state["basis"]
         if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
             basis.copy_(subspace.refreshed(basis, grad, ctx, self.refresh))
-        view = Subspace(basis, tall(grad))
+        view = Subspace.of(basis, grad, ctx.rows)
         return view.up(self._rule(view.down(grad), state, ctx))
 
     def step_(self, sweeps: Sequence[Sweep]) -> None:
@@ -97,6 +98,7 @@ class GaLore:
 @register(
     "galore-8bit",
     paper="Zhao et al., GaLore, ICML 2024, arXiv 2403.03507",
+    by_rows=True,
     quick={"lr": 6e-4, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)

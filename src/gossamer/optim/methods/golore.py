@@ -17,6 +17,7 @@ from gossamer.optim.sweep import Sweep
 @register(
     "golore",
     paper="He et al., Subspace Optimization for LLMs with Convergence Guarantees, ICML 2025, arXiv 2410.11289",
+    by_rows=True,
     quick={
         "lr": 6e-4,
         "rank": 32,
@@ -77,7 +78,7 @@ class GoLore:
         grad = rules.cut_projected(grad)
         if due(ctx.step, self.update_proj_gap, ctx.key if self.staggered else 0):
             self._refresh(grad, state, ctx)
-        view = Subspace(state["basis"], tall(grad))
+        view = Subspace.of(state["basis"], grad, ctx.rows)
         return view.up(self._rule(view.down(grad), state, ctx))
 
     def step_(self, sweeps: Sequence[Sweep]) -> None:
@@ -91,7 +92,7 @@ class GoLore:
     def _refresh(self, grad: Tensor, state: State, ctx: Context) -> None:
         basis, m = state["basis"], state["m"]
         new = subspace.refreshed(basis, grad, ctx, "random" if ctx.step > self.random_after else "svd")
-        m.copy_(m @ (basis.mT @ new))
+        m.copy_(m @ Subspace.of(basis, grad, ctx.rows).side.sum(basis.mT @ new))
         basis.copy_(new)
 
     def _rule(self, low: Tensor, state: State, ctx: Context) -> Tensor:

@@ -25,6 +25,7 @@ from gossamer.optim.contract import (
     register,
 )
 from gossamer.optim.sweep import Sweep
+from gossamer.rows import HERE, Parts, Rows, finish
 
 if TYPE_CHECKING:
     from gossamer.optim.passes import Moment, Passes
@@ -56,11 +57,13 @@ class Tracker:
         if not 0.0 <= self.tail <= 1.0:
             raise UserError(f"{name}: tail is {self.tail}; allowed: 0 <= tail <= 1")
 
-    def blend(self, state: State, w: Tensor, grad: Tensor, *, past: float, own: float, mass: float) -> Tensor:
+    def blend(
+        self, state: State, w: Tensor, grad: Tensor, rows: Rows, *, past: float, own: float, mass: float
+    ) -> Tensor:
         """`past B A + own g + tail (mass - own) H`, (m, n)."""
         m = torch.addmm(grad, state["m_B"], state["m_A"], beta=own, alpha=past)
         weight = self.tail * (mass - own)
-        return m if weight == 0 else m.add_(factors.outside(state["m_B"], w, grad), alpha=weight)
+        return m if weight == 0 else m.add_(factors.outside(state["m_B"], w, grad, rows), alpha=weight)
 
     def follow_(
         self,
@@ -111,7 +114,7 @@ class Tracker:
         return passes
 
 
-@register("gossamer", paper=PAPER, quick={"lr": 4e-4, "rank": 32})
+@register("gossamer", paper=PAPER, by_rows=True, quick={"lr": 4e-4, "rank": 32})
 @dataclass(frozen=True)
 class Gossamer(Tracker):
     """AdamW whose first moment follows the exact average in two thin factors.
@@ -154,40 +157,40 @@ class Gossamer(Tracker):
         return state | stores.factored(param, self.rank, "v")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad = rules.cut_gradient(grad)
+        grad = rules.cut_gradient(grad, ctx.rows)
         beta1, mass = self.betas[0], 1 - self.betas[0] ** ctx.m_step
         w = factors.frame(state, "m", ctx.generator)
-        m = self.blend(state, w, grad, past=beta1, own=1 - beta1, mass=mass).div_(mass)
-        new = {"m": factors.follow(state["m_B"], state["m_A"], w, grad, beta1)}
+        m = self.blend(state, w, grad, ctx.rows, past=beta1, own=1 - beta1, mass=mass).div_(mass)
+        new = {"m": factors.follow(state["m_B"], state["m_A"], w, grad, beta1, ctx.rows)}
         v = self._second_moment(grad, state, ctx, new)
-        factors.keep_(state, **new)
+        factors.keep_(state, ctx.rows, **new)
         return rules.cut_direction_(rules.adam(m, v, self.eps))
 
     def _second_moment(self, grad: Tensor, state: State, ctx: Context, new: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """The bias-corrected second moment of this step. Advances it, or adds its new factors to `new`."""
         beta2, t, square = self.betas[1], ctx.v_step, grad.square()
         own = (1 - beta2) / (1 - beta2**t)
-        past = self._history(state, t - 1)
+        past = self._history(state, t - 1, ctx.rows)
         if self.second == "dense":
             state["v"].lerp_(square, 1 - beta2)
         elif self.second == "rows-columns":
-            factors.follow_means_(state, "v", square, beta2)
+            factors.follow_means_(state, "v", square, beta2, ctx.rows)
         else:
             target, decay = (square, beta2) if self.second == "square" else (grad.abs(), beta2**0.5)
             w = factors.frame(state, "v", ctx.generator)
-            new["v"] = factors.follow(state["v_B"], state["v_A"], w, target, decay)
+            new["v"] = factors.follow(state["v_B"], state["v_A"], w, target, decay, ctx.rows)
         return past.mul_(1 - own).add_(square, alpha=own)
 
-    def _history(self, state: State, steps: int) -> Tensor:
+    def _history(self, state: State, steps: int, rows: Rows = HERE) -> Tensor:
         """The second moment of the `steps` gradients so far, bias-corrected, (m, n); zero before the first."""
         beta2, steps = self.betas[1], max(steps, 1)
         if self.second == "dense":
             return state["v"] / (1 - beta2**steps)
         if self.second == "rows-columns":
-            return factors.from_means(state, "v").div_(1 - beta2**steps)
+            return factors.from_means(state, "v", rows).div_(1 - beta2**steps)
         tracked = factors.product(state, "v")
         if self.second == "square":
-            return factors.nonnegative(tracked).div_(1 - beta2**steps)
+            return factors.nonnegative(tracked, rows).div_(1 - beta2**steps)
         return tracked.div_(1 - beta2 ** (steps / 2)).square_()
 
     def step_(self, sweeps: Sequence[Sweep]) -> None:
@@ -281,7 +284,7 @@ class Second:
         return {"v": (self.b, factors.followed_a(self.b, self.state["v_B"], self.state["v_A"], below, self.decay))}
 
 
-@register("gossamer-lion", paper=PAPER, quick={"lr": 2e-4, "rank": 32})
+@register("gossamer-lion", paper=PAPER, by_rows=True, quick={"lr": 2e-4, "rank": 32})
 @dataclass(frozen=True)
 class GossamerLion(Tracker):
     """Lion whose momentum follows the exact average in two thin factors.
@@ -304,12 +307,12 @@ class GossamerLion(Tracker):
         return stores.factored(param, self.rank, "m")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad = rules.cut_gradient(grad)
+        grad = rules.cut_gradient(grad, ctx.rows)
         beta1, beta2 = self.betas
         w = factors.frame(state, "m", ctx.generator)
         mass = 1 - beta1 * beta2 ** (ctx.m_step - 1)
-        direction = self.blend(state, w, grad, past=beta1, own=1 - beta1, mass=mass).sign_()
-        factors.keep_(state, m=factors.follow(state["m_B"], state["m_A"], w, grad, beta2))
+        direction = self.blend(state, w, grad, ctx.rows, past=beta1, own=1 - beta1, mass=mass).sign_()
+        factors.keep_(state, ctx.rows, m=factors.follow(state["m_B"], state["m_A"], w, grad, beta2, ctx.rows))
         return direction
 
     def step_(self, sweeps: Sequence[Sweep]) -> None:
@@ -331,7 +334,7 @@ class GossamerLion(Tracker):
         self.follow_launch_(batch, "none", m=m, v=None, rest=rest)
 
 
-@register("gossamer-muon", paper=PAPER, quick={"lr": 5e-3, "rank": 32})
+@register("gossamer-muon", paper=PAPER, by_rows=True, quick={"lr": 5e-3, "rank": 32})
 @dataclass(frozen=True)
 class GossamerMuon(Tracker):
     """Muon whose momentum follows the exact average in two thin factors.
@@ -360,11 +363,14 @@ class GossamerMuon(Tracker):
         return stores.factored(param, self.rank, "m")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad, mu = rules.cut_gradient(grad), self.momentum
+        return finish(self.parts(grad, state, ctx), ctx.rows)
+
+    def parts(self, grad: Tensor, state: State, ctx: Context) -> Parts:
+        grad, mu = rules.cut_gradient(grad, ctx.rows), self.momentum
         w = factors.frame(state, "m", ctx.generator)
         past, own, mass = mu, 1 - mu, 1 - mu**ctx.m_step
         if self.nesterov:  # (1 - mu) g + mu (past B A + own g)
             past, own, mass = mu * past, (1 - mu) + mu * own, (1 - mu) + mu * mass
-        m = self.blend(state, w, grad, past=past, own=own, mass=mass)
-        factors.keep_(state, m=factors.follow(state["m_B"], state["m_A"], w, grad, mu))
-        return rules.orthogonalize(m, self.adjust_lr_fn)
+        m = self.blend(state, w, grad, ctx.rows, past=past, own=own, mass=mass)
+        factors.keep_(state, ctx.rows, m=factors.follow(state["m_B"], state["m_A"], w, grad, mu, ctx.rows))
+        return (yield from rules.orthogonalize(m, self.adjust_lr_fn, ctx.rows))

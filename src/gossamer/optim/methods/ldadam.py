@@ -9,12 +9,13 @@ from torch import Tensor
 from gossamer.errors import UserError
 from gossamer.optim import rules, stores, subspace
 from gossamer.optim.contract import Context, State, check_adam, check_rank, register
-from gossamer.optim.subspace import Subspace, tall
+from gossamer.optim.subspace import Subspace
 
 
 @register(
     "ldadam",
     paper="Robert et al., LDAdam, ICLR 2025, arXiv 2410.16103",
+    by_rows=True,
     quick={"lr": 6e-4, "rank": 32},
 )
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class LDAdam:
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         beta1, beta2 = self.betas
-        m, v, old = state["m"], state["v"], Subspace(state["basis"], tall(grad))
+        m, v, old = state["m"], state["v"], Subspace.of(state["basis"], grad, ctx.rows)
         # before the first step of a moment both are zero, and so is what the hats are made of
         old1, old2 = 1 - beta1 ** (ctx.m_step - 1) or 1.0, 1 - beta2 ** (ctx.v_step - 1)
         m_hat, v_hat = m / old1, v / (old2 or 1.0)
@@ -76,8 +77,9 @@ class LDAdam:
         if ctx.step == 1:
             basis = subspace.refreshed(old.basis, total, ctx, "svd")
         else:
-            basis = subspace.iterated(old.basis, old.up(m_hat * self.rho).add_(total, alpha=1 - self.rho))
-        new, change = Subspace(basis, old.tall), old.basis.mT @ basis
+            blend = old.up(m_hat * self.rho).add_(total, alpha=1 - self.rho)
+            basis = subspace.iterated(old.basis, blend, ctx.rows)
+        new, change = old._replace(basis=basis), old.side.sum(old.basis.mT @ basis)
         low, carried = new.down(total), m @ change
         if self.error_feedback:
             weight = beta1 / (1 - beta1)

@@ -14,6 +14,7 @@ from gossamer.optim.contract import Context, State, check_adam, register
     "lion",
     paper="Chen et al., Symbolic Discovery of Optimization Algorithms, NeurIPS 2023, arXiv 2302.06675",
     matrix_only=False,
+    by_rows=True,
     quick={"lr": 2e-4},
 )
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from gossamer.optim.contract import (
 )
 from gossamer.optim.factors import Damped
 from gossamer.optim.sweep import Sweep
+from gossamer.rows import Parts, Rows, finish
 
 PAPER = "Wang et al., Taming Momentum, ICLR 2026, arXiv 2602.24283"
 
@@ -74,16 +75,17 @@ class Regression:
     def damped(self, xs: Sequence[Tensor]) -> list[Damped]:
         return factors.damped(xs, self.damping, relative=self.damping_mode == "relative")
 
-    def advance_(self, state: State, **targets: tuple[Tensor, float]) -> None:
+    def advance_(self, state: State, rows: Rows, **targets: tuple[Tensor, float]) -> None:
         """One step of the named moments towards (target, gamma)."""
         relative, new = self.damping_mode == "relative", {}
         for name, (target, gamma) in targets.items():
-            b, a, silent = state[f"{name}_B"], state[f"{name}_A"], (target == 0).all()
+            b, a, silent = state[f"{name}_B"], state[f"{name}_A"], ~rows.any(target != 0)
             new_b = b.lerp(target @ damped_pinv(a.mT, self.damping, relative=relative).mT, gamma)
             basis = new_b if self.updates == "sequential" else b
-            new_a = a.lerp(damped_pinv(basis, self.damping, relative=relative) @ target, gamma)
+            inverse = damped_pinv(basis, self.damping, relative=relative, rows=rows)
+            new_a = a.lerp(rows.sum(inverse @ target), gamma)
             new[name] = torch.where(silent, (1 - gamma) ** 2 * b, new_b), torch.where(silent, a, new_a)
-        factors.keep_(state, **new)
+        factors.keep_(state, rows, **new)
 
 
 @dataclass
@@ -120,7 +122,7 @@ class Fit:
             self.a.lerp_(self.below, self.gamma)
 
 
-@register("lora-pre", paper=PAPER, quick={"lr": 2e-4, "rank": 32})
+@register("lora-pre", paper=PAPER, by_rows=True, quick={"lr": 2e-4, "rank": 32})
 @dataclass(frozen=True, kw_only=True)
 class LoRAPre(Regression):
     """Both of Adam's moments as products of rank-r factors, advanced by one block-Newton step: Algorithm 1 as printed.
@@ -171,7 +173,7 @@ class LoRAPre(Regression):
         largest = torch.finfo(grad.dtype).max
         m = factors.ema(state, "m", grad, self.betas[0]).clamp_(-largest, largest)
         tracked = factors.product(state, "v")
-        self.advance_(state, m=(grad, gamma1), v=(grad.abs(), gamma2))
+        self.advance_(state, ctx.rows, m=(grad, gamma1), v=(grad.abs(), gamma2))
         past, own = self._weights(ctx.v_step)
         v = tracked.mul_(past).square_().addcmul_(grad, grad, value=own)
         return rules.cut_direction_(rules.adam(m.div_(1 - self.betas[0] ** ctx.m_step), v, self.eps).mul_(self.scale))
@@ -272,7 +274,7 @@ class LoRAPre(Regression):
         return {"m": m.div_(1 - decay1**m_step), "v": v.div_(1 - decay2**v_step).square_()}
 
 
-@register("lora-pre-stable", paper=f"{PAPER}; stabilised here", quick={"lr": 2e-4, "rank": 32})
+@register("lora-pre-stable", paper=f"{PAPER}; stabilised here", by_rows=True, quick={"lr": 2e-4, "rank": 32})
 @dataclass(frozen=True, kw_only=True)
 class LoRAPreStable(LoRAPre):
     """LoRA-Pre with sequential updates, relative damping and a second moment whose weights sum to one.
@@ -287,7 +289,7 @@ class LoRAPreStable(LoRAPre):
     damping_mode: Literal["absolute", "relative"] = "relative"
 
 
-@register("lora-pre-muon", paper=PAPER, quick={"lr": 5e-3, "rank": 32})
+@register("lora-pre-muon", paper=PAPER, by_rows=True, quick={"lr": 5e-3, "rank": 32})
 @dataclass(frozen=True, kw_only=True)
 class LoRAPreMuon(Regression):
     """Muon's momentum as one product of rank-r factors: Algorithm 2.
@@ -320,8 +322,12 @@ class LoRAPreMuon(Regression):
         return stores.factored(param, self.rank, "m")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
+        return finish(self.parts(grad, state, ctx), ctx.rows)
+
+    def parts(self, grad: Tensor, state: State, ctx: Context) -> Parts:
         self.begin_(state, ctx, m=ctx.m_step)
-        grad, mu = rules.cut_gradient(grad), self.momentum
+        grad, mu = rules.cut_gradient(grad, ctx.rows), self.momentum
         m = torch.addmm(grad, state["m_B"], state["m_A"], alpha=mu)
-        self.advance_(state, m=(grad / (1 - mu), 1 - mu**0.5))
-        return rules.orthogonalize(rules.cut_gradient(m), self.adjust_lr_fn).mul_(self.scale)
+        self.advance_(state, ctx.rows, m=(grad / (1 - mu), 1 - mu**0.5))
+        m = rules.cut_gradient(m, ctx.rows)
+        return (yield from rules.orthogonalize(m, self.adjust_lr_fn, ctx.rows)).mul_(self.scale)

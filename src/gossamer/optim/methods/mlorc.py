@@ -25,6 +25,7 @@ from gossamer.optim.contract import (
     register,
 )
 from gossamer.optim.sweep import Sweep
+from gossamer.rows import Parts, finish
 
 if TYPE_CHECKING:
     from gossamer.optim.passes import Passes
@@ -63,6 +64,7 @@ class Compression:
             oversampling=self.oversampling,
             power_iterations=self.power_iterations,
             generator=ctx.generator,
+            rows=ctx.rows,
         )
 
     def compress_(self, swept: Swept, step: Step) -> None:
@@ -125,7 +127,9 @@ def _two(thin: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     return thin[0], thin[1] if len(thin) > 1 else None
 
 
-@register("mlorc", paper=PAPER, quick={"lr": 4e-4, "rank": 32, "power_iterations": 1, "betas": (0.9, 0.95)})
+@register(
+    "mlorc", paper=PAPER, by_rows=True, quick={"lr": 4e-4, "rank": 32, "power_iterations": 1, "betas": (0.9, 0.95)}
+)
 @dataclass(frozen=True)
 class MLorc(Compression):
     """AdamW whose two moments are compressed after use: this step sees them whole, only their history is low-rank.
@@ -160,11 +164,11 @@ class MLorc(Compression):
         return stores.factored(param, self.rank, "m", "v")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad = rules.cut_gradient(grad)
+        grad = rules.cut_gradient(grad, ctx.rows)
         beta1, beta2 = self.betas
         m = factors.ema(state, "m", grad, beta1)
-        v = factors.nonnegative(factors.product(state, "v")).lerp_(grad.square(), 1 - beta2)
-        factors.keep_(state, m=self.compress(m, ctx), v=self.compress(v, ctx))
+        v = factors.nonnegative(factors.product(state, "v"), ctx.rows).lerp_(grad.square(), 1 - beta2)
+        factors.keep_(state, ctx.rows, m=self.compress(m, ctx), v=self.compress(v, ctx))
         direction = rules.adam(m / (1 - beta1**ctx.m_step), v / (1 - beta2**ctx.v_step), self.eps)
         return rules.cut_direction_(direction)
 
@@ -200,7 +204,7 @@ class MLorc(Compression):
         return {"m": m / (1 - self.betas[0] ** m_step), "v": v / (1 - self.betas[1] ** v_step)}
 
 
-@register("mlorc-lion", paper=PAPER, quick={"lr": 2e-4, "rank": 32, "power_iterations": 1})
+@register("mlorc-lion", paper=PAPER, by_rows=True, quick={"lr": 2e-4, "rank": 32, "power_iterations": 1})
 @dataclass(frozen=True)
 class MLorcLion(Compression):
     """Lion with a compressed momentum.
@@ -224,10 +228,10 @@ class MLorcLion(Compression):
         return stores.factored(param, self.rank, "m")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad = rules.cut_gradient(grad)
+        grad = rules.cut_gradient(grad, ctx.rows)
         beta1, beta2 = self.betas
         direction = factors.ema(state, "m", grad, beta1).sign_()
-        factors.keep_(state, m=self.compress(factors.ema(state, "m", grad, beta2), ctx))
+        factors.keep_(state, ctx.rows, m=self.compress(factors.ema(state, "m", grad, beta2), ctx))
         return direction
 
     def step_(self, sweeps: Sequence[Sweep]) -> None:
@@ -247,7 +251,12 @@ class MLorcLion(Compression):
         self.compress_launch_(batch, Passes(batch, "none", m=m))
 
 
-@register("mlorc-muon", paper=f"{PAPER}; applied to Muon here", quick={"lr": 5e-3, "rank": 32, "power_iterations": 1})
+@register(
+    "mlorc-muon",
+    paper=f"{PAPER}; applied to Muon here",
+    by_rows=True,
+    quick={"lr": 5e-3, "rank": 32, "power_iterations": 1},
+)
 @dataclass(frozen=True)
 class MLorcMuon(Compression):
     """Muon with a compressed momentum: ours, since the paper claims that its scheme carries over and shows no Muon.
@@ -277,7 +286,11 @@ class MLorcMuon(Compression):
         return stores.factored(param, self.rank, "m")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad = rules.cut_gradient(grad)
+        return finish(self.parts(grad, state, ctx), ctx.rows)
+
+    def parts(self, grad: Tensor, state: State, ctx: Context) -> Parts:
+        grad = rules.cut_gradient(grad, ctx.rows)
         m = factors.ema(state, "m", grad, self.momentum)
-        factors.keep_(state, m=self.compress(m, ctx))
-        return rules.orthogonalize(grad.lerp(m, self.momentum) if self.nesterov else m, self.adjust_lr_fn)
+        factors.keep_(state, ctx.rows, m=self.compress(m, ctx))
+        m = grad.lerp(m, self.momentum) if self.nesterov else m
+        return (yield from rules.orthogonalize(m, self.adjust_lr_fn, ctx.rows))

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from gossamer.optim import rules, stores
 from gossamer.optim.contract import Context, State, check_choice, check_decay, register
+from gossamer.rows import Parts, finish
 
 
-@register("muon", paper="Jordan et al., Muon, 2024, kellerjordan.github.io/posts/muon", quick={"lr": 5e-3})
+@register(
+    "muon", paper="Jordan et al., Muon, 2024, kellerjordan.github.io/posts/muon", by_rows=True, quick={"lr": 5e-3}
+)
 @dataclass(frozen=True)
 class Muon:
     """The nearest semi-orthogonal matrix to the momentum: every singular direction moves alike. One moment of state.
@@ -42,6 +45,10 @@ class Muon:
         return stores.dense(param, "m")
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
-        grad = rules.cut_gradient(grad)
+        return finish(self.parts(grad, state, ctx), ctx.rows)
+
+    def parts(self, grad: Tensor, state: State, ctx: Context) -> Parts:
+        grad = rules.cut_gradient(grad, ctx.rows)
         m = state["m"].lerp_(grad, 1 - self.momentum)
-        return rules.orthogonalize(grad.lerp(m, self.momentum) if self.nesterov else m, self.adjust_lr_fn)
+        m = grad.lerp(m, self.momentum) if self.nesterov else m
+        return (yield from rules.orthogonalize(m, self.adjust_lr_fn, ctx.rows))

@@ -17,6 +17,7 @@ from gossamer.optim.contract import Context, State, check_adam, register
     "spam",
     paper="Huang et al., SPAM, ICLR 2025, arXiv 2501.06842",
     matrix_only=False,
+    by_rows=True,
     quick={"lr": 4e-4, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class SPAM:
             v.zero_()
         m_age, v_age = min(ctx.m_step, since), min(ctx.v_step, since)  # Optimizer.reset may have come in between
 
-        grad = rules.cut_gradient(grad)
+        grad = rules.cut_gradient(grad, ctx.rows)
         bound = self.threshold * v
         spike = (grad.square() > bound) & (v > 0)
         grad = torch.where(spike, bound.sqrt_().copysign_(grad), grad)

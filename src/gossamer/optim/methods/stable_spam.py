@@ -16,6 +16,7 @@ from gossamer.optim.contract import Context, State, check_adam, register
     "stable-spam",
     paper="Huang et al., Stable-SPAM, 2025, arXiv 2502.17055",
     matrix_only=False,
+    by_rows=True,
     quick={"lr": 4e-4, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
@@ -74,20 +75,20 @@ class StableSPAM:
             state["v"].zero_()
         m_age, v_age = min(ctx.m_step, since), min(ctx.v_step, since)  # Optimizer.reset may have come in between
 
-        grad = self._stabilized(rules.cut_gradient(grad), state, ctx.step)
+        grad = self._stabilized(rules.cut_gradient(grad, ctx.rows), state, ctx)
         m = state["m"].lerp_(grad, 1 - beta1)
         v = state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         return rules.adam(m / (1 - beta1**m_age), v / (1 - beta2**v_age), self.eps)
 
-    def _stabilized(self, grad: Tensor, state: State, t: int) -> Tensor:
-        """AdaClip, then AdaGN. t: steps since c, p and q were zero."""
-        tiny = torch.finfo(grad.dtype).tiny
-        largest = grad.abs().amax()
+    def _stabilized(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
+        """AdaClip, then AdaGN."""
+        tiny, t = torch.finfo(grad.dtype).tiny, ctx.step  # c, p and q are never reset
+        largest = ctx.rows.largest(grad)
         clip = state["largest"].lerp_(largest, 1 - self.gamma3) / (1 - self.gamma3**t)
         grad = torch.where(grad.abs() > clip, grad * (clip / largest.clamp_min(tiny)), grad)
 
         unit = grad / largest.clamp_min(tiny)  # so that the norm of a tiny gradient does not underflow
-        length = torch.linalg.vector_norm(unit)
+        length = ctx.rows.hypot(torch.linalg.vector_norm(unit))
         norm = length * largest
         mean = state["norm"].lerp_(norm, 1 - self.gamma1) / (1 - self.gamma1**t)
         square = state["square"].lerp_(norm * norm, 1 - self.gamma2) / (1 - self.gamma2**t)
