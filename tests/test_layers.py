@@ -10,6 +10,7 @@ import gossamer
 ROOT = Path(gossamer.__file__).parent
 # a room may import those with a larger number, and itself
 FLOORS = {
+    "__main__": -1,
     "cli": 0,
     "bench": 1,
     "train": 2,

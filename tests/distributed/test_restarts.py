@@ -174,7 +174,7 @@ def test_two_processes_train_as_one(tiny: Path, small: list[str], tmp_path: Path
     options = {"model": str(tiny / "config.json"), "device": "cpu", "batch_size": 4, "steps": 5, "eval_tokens": 100}
     restarts, parametrization = Restarts(2, recovery_steps=1), cls(rank=4)
     pretrain(
-        Pretrain(build("adamw"), parametrization, restarts=restarts, data=text, out=one, **options),  # pyright: ignore
+        Pretrain(build("adamw"), layers=parametrization, restarts=restarts, data=text, out=one, **options),  # pyright: ignore
         quiet=True,
     )
     argv = ["pretrain", *small, "--valid", str(tiny / "valid.txt"), "--method", "adamw", "--steps", "5"]

@@ -24,7 +24,7 @@ def test_low_rank_layers_open_as_a_dense_model(tiny: Path, tmp_path: Path, name:
     model, text = str(tiny / "config.json"), str(tiny / "train.txt")
     config = Pretrain(
         build("adamw"),
-        parametrization,
+        layers=parametrization,
         restarts=Restarts(2, recovery_steps=1),
         model=model,
         data=DataConfig(text, str(tiny / "valid.txt"), vocab_size=300, seq_len=32),

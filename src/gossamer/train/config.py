@@ -189,7 +189,8 @@ def check_resumable(saved: dict[str, Any], config: Training[Any, Any]) -> None:
     unsaid = _flatten(type(config)(**defaults).to_json())
     before, after = _flatten(saved), _flatten(now)
     for key in before | after:
-        old, value = before.get(key, unsaid.get(key)), after.get(key)
+        known = key.split(".")[0] in before  # as None: it had no such part
+        old, value = before.get(key, None if known else unsaid.get(key)), after.get(key)
         if key.split(".")[0] not in MAY_CHANGE_ON_RESUME and old != value:
             raise UserError(f"resume: {key} was {old!r} in the checkpoint and is {value!r} now; use another --out")
 
