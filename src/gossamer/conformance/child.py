@@ -17,13 +17,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from gossamer.conformance.subject import Subject
-from gossamer.conformance.trial import Model, train, uneven
+from gossamer.conformance.trial import Model, precise, train, uneven
 from gossamer.errors import first_line
 
 
 def work(subject: Subject, task: str) -> Any:
     """The whole weights after four steps, or for `half` weights and state after two."""
-    model = uneven() if task == "uneven" else Model()
+    model = precise(uneven() if task == "uneven" else Model(), subject)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     optimizer = subject.build(model)
     train(model, optimizer, range(2 if task == "half" else 4))

@@ -1,6 +1,7 @@
 """The facts that need two processes: a model sharded by FSDP2, on the CPU, against the same model in one process.
 
 Both processes see the same batch, so that averaging their gradients changes no bit, and what differs is the optimizer.
+The weights are float64 where the optimizer takes that.
 One pair of processes tries all of them; where one fails, the rest is tried by another pair.
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
 from gossamer.conformance.subject import NotApplicable, Subject, fact
-from gossamer.conformance.trial import Model, require_close, require_tensors, train, uneven, weights
+from gossamer.conformance.trial import Model, precise, require_close, require_tensors, train, uneven, weights
 
 TIMEOUT = 120.0
 """Seconds for a pair of processes, most of which they spend importing."""
@@ -35,19 +36,19 @@ class ProcessFailed(Exception):
 @fact
 def fsdp2_even(subject: Subject) -> str:
     """FSDP2 over two processes with equal shards ends where one process does."""
-    return _as_one(subject, "even", Model())
+    return _as_one(subject, "even", precise(Model(), subject))
 
 
 @fact
 def fsdp2_uneven(subject: Subject) -> str:
     """The same with shards of different size, and an empty one."""
-    return _as_one(subject, "uneven", uneven())
+    return _as_one(subject, "uneven", precise(uneven(), subject))
 
 
 @fact
 def fsdp2_to_one(subject: Subject) -> str:
     """What two processes saved with `full_state_dict=True`, one process loads and goes on as if it had been one."""
-    model, straight = Model(), Model()
+    model, straight = precise(Model(), subject), precise(Model(), subject)
     start = weights(model)
     if isinstance(_tried(subject)["even"], ProcessFailed):
         raise NotApplicable("two processes cannot step (fsdp2-even)")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.conformance.subject import NotApplicable
+from gossamer.conformance.subject import NotApplicable, Subject
 
 CLOSE = 1e-3
 """Two ways to the same weights may end this part of the way apart: rounding of sums in another order stays well below,
@@ -46,6 +47,17 @@ class Model(nn.Module):
 def uneven() -> Model:
     """No side is even, and one vector has a single entry: of two processes one gets fewer rows, or none."""
     return Model(width=63, hidden=97, scales=1)
+
+
+def precise(model: Model, subject: Subject) -> Model:
+    """The model in float64 where the optimizer takes that, so that what is compared is not rounding: in fp32 a sum in
+    another order may flip a bit of what is computed in bf16, and Newton-Schulz makes a hundredth of a step of it."""
+    try:
+        trial = copy.deepcopy(model).double()
+        train(trial, subject.build(trial), range(1))
+    except Exception:  # whatever it raises, it does not take it
+        return model
+    return model.double()
 
 
 def backward(model: Model, step: int) -> None:
