@@ -79,7 +79,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest difference of any entry; infinite where one is not finite."""
-    worst = max(float((a.float() - other[name].float()).abs().max()) for name, a in one.items())
+    worst = max(float((a.double() - other[name].double()).abs().max()) for name, a in one.items())
     return worst if worst < float("inf") else float("inf")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.data.cache import digest, file_digest
-from gossamer.data.sources import HUB, open_binary, parse_line
+from gossamer.data.sources import HUB, open_binary, parse_line, reading
 from gossamer.errors import UserError, first_line, nearest
 
 READABLE = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".json", ".parquet")
@@ -61,14 +61,8 @@ def read_records(name: str, split: str = "train") -> Records:
         raise UserError(f"no such file: {name}; allowed: a file ({', '.join(READABLE)}) or hf:REPO[:CONFIG]")
     if not path.name.lower().endswith(READABLE):
         raise UserError(f"cannot read {name}: unknown kind of file; allowed: {', '.join(READABLE)}")
-    try:
+    with reading(path):
         records = list(_from_file(path))
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    except Exception as error:  # each decompressor and pyarrow has errors of its own
-        raise UserError(f"cannot read {path}: {first_line(error)}") from error
     if not records:
         raise UserError(f"{path}: no records")
     return Records(name, digest("records", file_digest(path)), records)

@@ -14,6 +14,7 @@ import tokenize
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -126,7 +127,7 @@ class Files(Source):
 
     def _read(self, path: Path) -> Iterator[str]:
         suffix = _suffix(path)
-        try:
+        with reading(path):
             if suffix == ".parquet":
                 yield from self._read_parquet(path)
             elif suffix.startswith(".txt"):
@@ -135,12 +136,6 @@ class Files(Source):
             else:
                 with open_binary(path) as file:
                     yield from self._read_jsonl(path, file)
-        except UserError:
-            raise
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
-        except Exception as error:  # each decompressor and pyarrow has errors of its own
-            raise UserError(f"cannot read {path}: {first_line(error)}") from error
 
     def _read_jsonl(self, path: Path, lines: Iterable[bytes]) -> Iterator[str]:
         for number, line in enumerate(lines, start=1):
@@ -267,6 +262,19 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, not {type(record).__name__}")
     return record
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever reading a file raises is one line that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except Exception as error:  # each decompressor and pyarrow has errors of its own
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def open_binary(path: Path) -> BinaryIO:

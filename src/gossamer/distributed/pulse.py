@@ -29,6 +29,9 @@ class Pulse:
         # a connection of its own: what the main thread waits for must not hold up a beat
         self.store = PrefixStore("gossamer", store.clone())  # pyright: ignore[reportAttributeAccessIssue]
         self.store.set_timeout(timedelta(seconds=SILENT))
+        self._seen: dict[int, tuple[int, float]] = {}
+        """The last new beat of each other process, and when it was heard."""
+        self._listened = time.monotonic()
         self._stop, self._thread = threading.Event(), threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> None:
@@ -42,6 +45,8 @@ class Pulse:
         """Say why this process ends, for the others to repeat."""
         with contextlib.suppress(RuntimeError):  # whoever keeps the store is gone, and the others see that
             self.store.set(f"left/{self.rank}", reason)
+            if self.rank == 0:  # it may keep the store, which the others are about to ask
+                time.sleep(SILENT)
 
     def reason(self) -> str | None:
         """Why the others cannot go on: the first of them that is gone or said why it left; None if all are there."""
@@ -53,7 +58,11 @@ class Pulse:
             if left:
                 return self.store.get(f"left/{left[0]}").decode()
         except RuntimeError:
-            return f"process 0 of {self.size}, which keeps the store, is gone"
+            silent = [r for r, (_, last) in self._seen.items() if self._listened - last > SILENT]
+            gone = (
+                f"process {silent[0]} of {self.size}" if silent else f"process 0 of {self.size}, which keeps the store,"
+            )
+            return f"{gone} is gone"
         silent = [r for r in before if before[r] == after[r]]
         return f"process {silent[0]} of {self.size} is gone" if silent else None
 
@@ -62,17 +71,17 @@ class Pulse:
         return {r: self.store.add(f"beat/{r}", 0) for r in range(self.size) if r != self.rank}
 
     def _beat(self) -> None:
-        seen: dict[int, tuple[int, float]] = {}
         while not self._stop.wait(BEAT):
             now = time.monotonic()
             try:
                 self.store.add(f"beat/{self.rank}", 1)
                 for r, beat in self._beats().items():
-                    if r not in seen or seen[r][0] != beat:
-                        seen[r] = beat, now
+                    if r not in self._seen or self._seen[r][0] != beat:
+                        self._seen[r] = beat, now
+                self._listened = now
             except RuntimeError:
                 return  # no store, no news: the main thread meets it, too
-            for r, (_, last) in seen.items():
+            for r, (_, last) in self._seen.items():
                 if now - last > self.timeout + SILENT and not self._stop.is_set():
                     print(
                         f"gossamer: process {r} of {self.size} is gone; silent for {self.timeout:g} s", file=sys.stderr
