@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import tyro
 
 from gossamer.bench import Evaluate, evaluate_model
 from gossamer.errors import UserError
@@ -127,6 +130,20 @@ def start(run: Run, options: Options) -> list[dict[str, Any]]:
             rows.append(evaluate_model(chosen))
             print(f"seed {seed}: {it.task}: {rows[-1]['scores']}")
     return rows
+
+
+C = TypeVar("C", bound=Options)
+
+
+def command(cell: type[C], make: Callable[[C], Run], module: str, argv: list[str] | None) -> int:
+    """The command line of a paper's runs; returns the exit code."""
+    options = tyro.cli(cell, args=argv)
+    try:
+        start(make(options), options)
+    except UserError as error:
+        print(f"{module}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def known(name: str, names: Sequence[str], what: str) -> None:

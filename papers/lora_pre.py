@@ -15,17 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
-
 import gossamer
 from gossamer.bench import Evaluate
 from gossamer.data import TaskConfig
-from gossamer.errors import UserError
 from gossamer.layers import Adapter
 from gossamer.models import resolve_config
 from gossamer.train import Finetune
 from papers import ScoreTable
-from papers.finetuning import Options, Run, known, start
+from papers.finetuning import Options, Run, command, known
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -115,13 +112,7 @@ class Cell(Options):
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    cell = tyro.cli(Cell, args=argv)
-    try:
-        start(table_2(cell.model_name, cell.method), cell)
-    except UserError as error:
-        print(f"papers.lora_pre: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command(Cell, lambda cell: table_2(cell.model_name, cell.method), "papers.lora_pre", argv)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 import gossamer
 from gossamer.bench import Evaluate
 from gossamer.data import TaskConfig
@@ -27,7 +25,7 @@ from gossamer.layers import Adapter
 from gossamer.models import resolve_config
 from gossamer.train import Finetune
 from papers import Reliability
-from papers.finetuning import Options, Run, known, start
+from papers.finetuning import Options, Run, command, known
 
 CLAIMS: dict[str, Reliability] = {
     "at rank 4 it matches or even exceeds full fine-tuning": "second-hand",
@@ -100,13 +98,7 @@ class Cell(Options):
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    cell = tyro.cli(Cell, args=argv)
-    try:
-        start(run(cell.task, cell.method, cell.lr), cell)
-    except UserError as error:
-        print(f"papers.mlorc: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command(Cell, lambda cell: run(cell.task, cell.method, cell.lr), "papers.mlorc", argv)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from gossamer.optim.contract import Context, State, hash63
 from gossamer.optim.optimizer import COUNTERS, init_state
 
 LR, DECAY = 1e-2, 0.1
+SHAPES = {"tall": (72, 24), "wide": (24, 72), "square": (32, 32), "odd": (37, 21), "row": (1, 24), "column": (24, 1)}
 
 
 class Run:
@@ -88,6 +89,64 @@ class Run:
 def error(mine: Tensor, theirs: Tensor) -> float:
     """Relative, in the Frobenius norm."""
     return float((mine.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-30))
+
+
+def assert_close(mine: Run, theirs: Run, tolerance: float) -> None:
+    """Factors by their products, means as they are."""
+    for name in ("m", "v"):
+        if f"{name}_B" in mine.states[0]:
+            for x, y in zip(mine.products(name), theirs.products(name), strict=True):
+                assert error(x, y) < tolerance
+    for key in ("v_rows", "v_columns"):
+        if key in mine.states[0]:
+            for x, y in zip(mine.states, theirs.states, strict=True):
+                assert error(x[key], y[key]) < 1e-6  # sums of squares, whatever the operands are
+
+
+def assert_launch_is_update(mine: Run, theirs: Run, maximize: bool) -> None:
+    """Over five steps: weights after two of them, factors at the end."""
+    for step in range(5):
+        mine.launch(maximize=maximize)
+        theirs.update(maximize=maximize)
+        if step < 2:
+            for x, y in zip(mine.params, theirs.params, strict=True):
+                torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
+    assert_close(mine, theirs, 2e-5)
+
+
+def assert_alike(mine: Run, theirs: Run, steps: int, tolerance: float) -> None:
+    """Factors after so many launches and updates."""
+    for _ in range(steps):
+        mine.launch()
+        theirs.update()
+    assert_close(mine, theirs, tolerance)
+
+
+def assert_either_way(mine: Run, other: Run) -> None:
+    """What one wrote, by `update` and `launch_`, the other continues by launches as the one does by updates."""
+    mine.update()
+    mine.launch()
+    other.params, other.states, other.steps = [p.clone() for p in mine.params], copied(mine.states), mine.steps
+    for _ in range(2):
+        mine.update()
+        other.launch()
+    assert_close(other, mine, 2e-5)
+
+
+def assert_stays_finite(mine: Run, value: float) -> None:
+    """After a gradient with one such entry: that matrix's factors are as before, the others moved on."""
+    mine.launch()
+    before = copied(mine.states)
+    grads, params = mine.gradients(), [p.clone() for p in mine.params]
+    grads[0][2, 3] = value
+    mine.launch(grads)
+    for key, tensor in mine.states[0].items():
+        if key.endswith(("_A", "_B")):
+            assert torch.equal(tensor, before[0][key])
+            assert not torch.equal(mine.states[1][key], before[1][key])
+    bad = mine.params[0].isfinite().logical_not().nonzero().tolist()
+    assert bad == ([[2, 3]] if value != value else [])
+    assert (mine.params[0] - params[0]).nan_to_num().abs().max() < 20 * LR
 
 
 def copied(states: list[State]) -> list[State]:

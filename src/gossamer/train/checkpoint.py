@@ -74,15 +74,8 @@ class Checkpoints:
         """
         assert self._in_flight is None, "settle first"
         draft = self.folder / f".draft-{step:08d}"
-        entries = [
-            (index, key, value)
-            for index, group in enumerate(parts.optimizer.state_dict()["param_groups"])
-            for key, value in group.items()
-        ]
-        groups: list[dict[str, Any]] = [{} for _ in parts.optimizer.param_groups]
-        for index, key, value in entries:
-            if not isinstance(value, Tensor):
-                groups[index][key] = value
+        saved = parts.optimizer.state_dict()["param_groups"]
+        groups = [{key: value for key, value in group.items() if not isinstance(value, Tensor)} for group in saved]
 
         def begin() -> None:
             with self._guard(step):
@@ -98,7 +91,8 @@ class Checkpoints:
         if parts.diagnostics is not None:
             kept = parts.diagnostics.state_dict().items()
             tensors |= {f"diagnostics/{name}/{key}": tensor for name, state in kept for key, tensor in state.items()}
-        tensors |= {f"groups/{index}/{key}": value for index, key, value in entries if isinstance(value, Tensor)}
+        for index, group in enumerate(saved):
+            tensors |= {f"groups/{index}/{key}": value for key, value in group.items() if isinstance(value, Tensor)}
         tensors |= {f"random/{name}": tensor for name, tensor in self.world.random_states().items()}
 
         def finish() -> None:
