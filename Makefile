@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all the set-up: a virtual environment in .venv, under the pins of constraints.txt.
+# `make demo`, `make test` and `make docs` do all the set-up: a virtual environment in .venv, under the pins of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := adamw galore lora-pre-stable mlorc gossamer
@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # tests run side by side, one a core; a thread pool in each would fight over the cores
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: demo test lint clean
+.PHONY: demo test docs lint clean
 
 # threads that wait without spinning leave the cores to whatever else runs
 demo: $(STAMP)
@@ -14,6 +14,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+# the site, in docs/_build/html; a warning is an error
+docs: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m sphinx -W --keep-going -q -c docs -d docs/_build/doctrees . docs/_build/html
+	@echo docs/_build/html/index.html
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -27,4 +32,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv docs/_build

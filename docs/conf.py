@@ -1,0 +1,124 @@
+"""The documentation site: `make docs`.
+
+The source directory is the checkout, so that a link between pages is the same file on the site and on a forge. Pages
+are plain Markdown; what a method's or a layer's page cannot say in it, the fields of the class, is put below it here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
+
+import gossamer
+from gossamer.layers import PARAMETRIZATIONS
+
+project = "Gossamer"
+author = "The Gossamer contributors"
+release = gossamer.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+root_doc = "docs/index"
+include_patterns = ["docs/**.md", "results/**.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+exclude_patterns = [".*", "docs/_build", "src", "tests", "runs", "shared"]
+myst_heading_anchors = 3
+highlight_language = "text"  # an algorithm is no Python
+suppress_warnings = ["toc.empty_glob"]  # pages that are written elsewhere find their place when they come
+
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = "Gossamer"
+html_static_path = ["_static"]
+html_css_files = ["gossamer.css"]
+html_additional_pages = {"index": "home.html"}
+templates_path = ["_templates"]
+html_show_copyright = html_show_sphinx = html_copy_source = False
+
+
+def complete(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Below the page of a method or a layer goes its class, from the code; above a table of results its name."""
+    classes: dict[str, dict[str, str]] = {
+        "docs/methods": {name: f"gossamer.{entry.cls.__name__}" for name, entry in gossamer.methods().items()},
+        "docs/layers": {name: f"gossamer.layers.{cls.__name__}" for name, cls in PARAMETRIZATIONS.items()},
+    }
+    folder, _, name = docname.rpartition("/")
+    if (cls := classes.get(folder, {}).get(name)) is not None:
+        source[0] += f"\n## In Python\n\n```{{eval-rst}}\n.. autoclass:: {cls}\n```\n"
+    if docname.startswith("results/") and not source[0].startswith("# "):
+        source[0] = f"# {docname.removeprefix('results/')}\n\n{source[0]}"
+
+
+def from_markdown(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are Markdown with Google's sections. In the words of reStructuredText: an indented block is literal, a
+    list may begin below a line of text, and code has two backticks."""
+    if what == "data":  # the text below a constant, which is not in the object
+        lines[:] = _below_constant(name) or lines
+    out: list[tuple[bool, str]] = []  # whether it is literal, and the line
+    section = literal = False
+    for line in lines:
+        before = out[-1][1] if out else ""
+        if line and not _indent(line):
+            section, literal = bool(re.fullmatch(r"[A-Z]\w+:", line)), False
+        if _indent(line) >= 4 and not (section or literal or before):
+            out += [(True, "::"), (True, "")]
+            literal = True
+        begins = _is_item(line) and not _is_item(before) and _indent(before) <= _indent(line)
+        if begins and before and not literal:
+            out.append((False, ""))
+        out.append((literal, line))
+    texts = (
+        "\n".join(line for _, line in lines) if literal else _prose("\n".join(line for _, line in lines))
+        for literal, lines in groupby(out, key=lambda line: line[0])
+    )
+    lines[:] = "\n".join(texts).split("\n")
+    if what in ("attribute", "data", "property"):  # napoleon takes what stands before a colon in their first line for
+        lines.insert(0, "")  # their type
+
+
+def _prose(text: str) -> str:
+    """With code as code, links where it names something of ours, and what else would have a meaning escaped."""
+    parts = re.split(r"(`+)(.+?)\1", text, flags=re.DOTALL)  # prose, backticks, code, prose, ...
+    for i in range(0, len(parts), 3):
+        parts[i] = re.sub(r"[|]|(?<=\w)_(?!\w)|(?<=/)\*|\*(?=\.)|(?<=\w)\*(?=[\s,])", r"\\\g<0>", parts[i])
+    for i in range(2, len(parts), 3):
+        ours = re.fullmatch(r"gossamer\.[\w.]+", parts[i])
+        parts[i - 1], parts[i] = "", f":py:obj:`{parts[i]}`" if ours else f"``{parts[i]}``"
+    return "".join(parts)
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _is_item(line: str) -> bool:
+    return line.lstrip().startswith("- ")
+
+
+def _below_constant(name: str) -> list[str]:
+    """The text is where the constant is made, which is not where it is offered."""
+    package, _, constant = name.rpartition(".")
+    for module in [package, *_imported_from(package, constant)]:
+        analyzer = ModuleAnalyzer.for_module(module)
+        if text := analyzer.find_attr_docs().get(("", constant)):
+            return text
+    return []
+
+
+def _imported_from(package: str, constant: str) -> list[str]:
+    source = Path(str(importlib.import_module(package).__file__)).read_text()
+    modules = re.findall(rf"^from (\S+) import (?:\([^)]*\b{constant}\b|.*\b{constant}\b)", source, re.MULTILINE)
+    return [inner for module in modules for inner in (*_imported_from(module, constant), module)]
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", complete)
+    app.connect("autodoc-process-docstring", from_markdown, priority=400)  # before napoleon, at 500
