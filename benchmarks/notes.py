@@ -1,6 +1,6 @@
 """The measured numbers of docs/notes: what rounding does to a second moment, and how often singular vectors turn over.
 
-    OMP_NUM_THREADS=1 python benchmarks/notes.py         # some seconds on one core
+OMP_NUM_THREADS=1 python benchmarks/notes.py         # some seconds on one core
 """
 
 from __future__ import annotations

@@ -12,11 +12,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from sphinx.application import Sphinx
 from sphinx.pycode import ModuleAnalyzer
 
 import gossamer
 from gossamer.layers import PARAMETRIZATIONS
+from gossamer.optim.optimizer import num_bytes
 
 project = "Gossamer"
 author = "The Gossamer contributors"
@@ -28,7 +30,6 @@ include_patterns = ["docs/**.md", "results/**.md", "CHANGELOG.md", "CONTRIBUTING
 exclude_patterns = [".*", "docs/_build", "src", "tests", "runs", "shared"]
 myst_heading_anchors = 3
 highlight_language = "text"  # an algorithm is no Python
-suppress_warnings = ["toc.empty_glob"]  # pages that are written elsewhere find their place when they come
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
@@ -45,16 +46,33 @@ html_show_copyright = html_show_sphinx = html_copy_source = False
 
 
 def complete(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Below the page of a method or a layer goes its class, from the code; above a table of results its name."""
-    classes: dict[str, dict[str, str]] = {
-        "docs/methods": {name: f"gossamer.{entry.cls.__name__}" for name, entry in gossamer.methods().items()},
-        "docs/layers": {name: f"gossamer.layers.{cls.__name__}" for name, cls in PARAMETRIZATIONS.items()},
-    }
+    """What pages say only here: the class of a method or a layer, from the code; the list of them; a table's name."""
     folder, _, name = docname.rpartition("/")
-    if (cls := classes.get(folder, {}).get(name)) is not None:
-        source[0] += f"\n## In Python\n\n```{{eval-rst}}\n.. autoclass:: {cls}\n```\n"
-    if docname.startswith("results/") and not source[0].startswith("# "):
+    if folder == "docs/methods":
+        source[0] += IN_PYTHON.format(f"{gossamer.methods()[name].cls.__name__}", "")
+    elif folder == "docs/layers":
+        source[0] += IN_PYTHON.format(f"layers.{PARAMETRIZATIONS[name].__name__}", "   :no-index:\n")
+    elif docname == "docs/methods":
+        source[0] += f"\n{methods_table()}\n{PAGES.format('methods')}"
+    elif docname == "docs/layers":
+        source[0] += PAGES.format("layers")
+    elif folder.partition("/")[0] == "results" and not source[0].startswith("# "):
         source[0] = f"# {docname.removeprefix('results/')}\n\n{source[0]}"
+
+
+IN_PYTHON = "\n## In Python\n\n```{{eval-rst}}\n.. autoclass:: gossamer.{}\n{}```\n"
+PAGES = "\n```{{toctree}}\n:hidden:\n:glob:\n{}/*\n```\n"
+
+
+def methods_table() -> str:
+    """Every method with the bytes it keeps for a large matrix, at its defaults, the least first."""
+    matrix = torch.empty(4096, 11008, device="meta")
+    state = {entry.name: num_bytes(entry.cls().init(matrix).values()) for entry in gossamer.methods().values()}
+    lines = ["| method | state of a 4096 x 11008 matrix, MiB | of AdamW's | what it is |", "|---|---:|---:|---|"]
+    for name in sorted(state, key=lambda name: (state[name], name)):
+        sizes = f"{state[name] / 2**20:,.1f} | {state[name] / state['adamw']:.1%}"
+        lines.append(f"| [`{name}`](methods/{name}.md) | {sizes} | {gossamer.methods()[name].summary} |")
+    return "\n".join(lines)
 
 
 def from_markdown(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -81,7 +99,7 @@ def from_markdown(app: Sphinx, what: str, name: str, obj: Any, options: Any, lin
     )
     lines[:] = "\n".join(texts).split("\n")
     if what in ("attribute", "data", "property"):  # napoleon takes what stands before a colon in their first line for
-        lines.insert(0, "")  # their type
+        lines[:0] = ["..", ""]  # their type; a comment has none
 
 
 def _prose(text: str) -> str:
