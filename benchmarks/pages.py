@@ -139,17 +139,18 @@ def room(config: PretrainedConfig) -> float:
     return GIB + 12 * config.vocab_size * TOKENS
 
 
+def card_line(card: int, model: str) -> tuple[str, ...] | None:
+    """How `model` trains on a card of so many GiB, in each of `WAYS`; None: in none of them."""
+    left = card * GIB - room(config_of(model))
+    cells = []
+    for sizes in totals(model).values():
+        fits = [f"{size / GIB:.1f}{mark}" for size, (mark, *_) in zip(sizes, HELPS, strict=True) if size <= left]
+        cells.append(fits[0] if fits else MISSING)
+    return None if set(cells) == {MISSING} else (model, *cells)
+
+
 def card_table(card: int) -> str:
-    """What of `MODELS` trains on a card of so many GiB, and how."""
-    lines = []
-    for model in MODELS:
-        left = card * GIB - room(config_of(model))
-        cells = []
-        for sizes in totals(model).values():
-            fits = [f"{size / GIB:.1f}{mark}" for size, (mark, *_) in zip(sizes, HELPS, strict=True) if size <= left]
-            cells.append(fits[0] if fits else MISSING)
-        if set(cells) != {MISSING}:
-            lines.append((model, *cells))
+    lines = [line for model in MODELS if (line := card_line(card, model)) is not None]
     return table(("model", *(way.name for way in WAYS)), lines)
 
 
@@ -181,9 +182,18 @@ def page_of(name: str) -> str:
     return f"`{name}`"
 
 
+def between_marks(page: Path) -> dict[str, str]:
+    """The tables that stand in a page, by name."""
+    return dict(MARKED.findall(page.read_text()))
+
+
+def row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rule = ("---", *("---:" for _ in header[1:]))
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
+    return "\n".join(map(row, (header, rule, *lines)))
 
 
 TABLES: Mapping[str, Callable[[], str]] = {

@@ -29,9 +29,10 @@ root_doc = "docs/index"
 include_patterns = ["docs/**.md", "results/**.md", "CHANGELOG.md", "CONTRIBUTING.md"]
 exclude_patterns = [".*", "docs/_build", "src", "tests", "runs", "shared"]
 myst_heading_anchors = 3
+smartquotes = False  # B'A' is a product of two factors
 highlight_language = "text"  # an algorithm is no Python
 
-autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_default_options = {"members": True, "undoc-members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 napoleon_use_rtype = False
@@ -79,7 +80,7 @@ def from_markdown(app: Sphinx, what: str, name: str, obj: Any, options: Any, lin
     """Docstrings are Markdown with Google's sections. In the words of reStructuredText: an indented block is literal, a
     list may begin below a line of text, and code has two backticks."""
     if what == "data":  # the text below a constant, which is not in the object
-        lines[:] = _below_constant(name) or lines
+        lines[:] = _below_constant(name)
     out: list[tuple[bool, str]] = []  # whether it is literal, and the line
     section = literal = False
     for line in lines:

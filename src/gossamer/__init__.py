@@ -1,8 +1,8 @@
 """Gossamer: train large language models with optimizer state as thin as gossamer.
 
-import gossamer
-opt = gossamer.Optimizer(gossamer.param_groups(model, gossamer.LoRAPre(rank=128)), lr=1e-3)
-print(opt.plan())
+    import gossamer
+    opt = gossamer.Optimizer(gossamer.param_groups(model, gossamer.LoRAPre(rank=128)), lr=1e-3)
+    print(opt.plan())
 
 The class of every registered method is here under its own name.
 """

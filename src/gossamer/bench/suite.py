@@ -68,6 +68,7 @@ SUITES = {
         ),
     ),
 }
+"""By the name that the command line knows."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ SHAPES = {
     "7b": Shape(4096, 11008, 32, 32),
     "13b": Shape(5120, 13824, 40, 40),
 }
+"""By the name that the command line knows."""
 
 
 def resolve_config(model: str) -> PretrainedConfig:
