@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ myst_heading_anchors = 3
 smartquotes = False  # B'A' is a product of two factors
 highlight_language = "text"  # an algorithm is no Python
 
-autodoc_default_options = {"members": True, "undoc-members": True, "member-order": "bysource"}
+autodoc_default_options = {"undoc-members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False  # what torch says of every module is not about ours
 napoleon_use_rtype = False
 
 html_theme = "furo"
@@ -50,9 +52,9 @@ def complete(app: Sphinx, docname: str, source: list[str]) -> None:
     """What pages say only here: the class of a method or a layer, from the code; the list of them; a table's name."""
     folder, _, name = docname.rpartition("/")
     if folder == "docs/methods":
-        source[0] += IN_PYTHON.format(f"{gossamer.methods()[name].cls.__name__}", "")
+        source[0] += in_python("gossamer", gossamer.methods()[name].cls)
     elif folder == "docs/layers":
-        source[0] += IN_PYTHON.format(f"layers.{PARAMETRIZATIONS[name].__name__}", "   :no-index:\n")
+        source[0] += in_python("gossamer.layers", PARAMETRIZATIONS[name], "   :no-index:\n")
     elif docname == "docs/methods":
         source[0] += f"\n{methods_table()}\n{PAGES.format('methods')}"
     elif docname == "docs/layers":
@@ -61,8 +63,14 @@ def complete(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = f"# {docname.removeprefix('results/')}\n\n{source[0]}"
 
 
-IN_PYTHON = "\n## In Python\n\n```{{eval-rst}}\n.. autoclass:: gossamer.{}\n{}```\n"
 PAGES = "\n```{{toctree}}\n:hidden:\n:glob:\n{}/*\n```\n"
+
+
+def in_python(module: str, cls: type[Any], options: str = "") -> str:
+    """The class with its fields, also those that it has from another: they are what its user sets."""
+    members = ", ".join(field.name for field in fields(cls))
+    directive = f".. autoclass:: {module}.{cls.__name__}\n   :members: {members}\n{options}"
+    return f"\n## In Python\n\n```{{eval-rst}}\n{directive}```\n"
 
 
 def methods_table() -> str:
