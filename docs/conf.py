@@ -77,9 +77,12 @@ def methods_table() -> str:
     """Every method with the bytes it keeps for a large matrix, at its defaults, the least first."""
     matrix = torch.empty(4096, 11008, device="meta")
     state = {entry.name: num_bytes(entry.cls().init(matrix).values()) for entry in gossamer.methods().values()}
-    lines = ["| method | state of a 4096 x 11008 matrix, MiB | of AdamW's | what it is |", "|---|---:|---:|---|"]
+    lines = [
+        "| method | state of a 4096 x 11008 matrix at the defaults, MiB | of AdamW's | what it is |",
+        "|---|---:|---:|---|",
+    ]
     for name in sorted(state, key=lambda name: (state[name], name)):
-        sizes = f"{state[name] / 2**20:,.1f} | {state[name] / state['adamw']:.1%}"
+        sizes = f"{state[name] / 2**20:,.1f} | {state[name] / state['adamw']:.2%}"
         lines.append(f"| [`{name}`](methods/{name}.md) | {sizes} | {gossamer.methods()[name].summary} |")
     return "\n".join(lines)
 

@@ -61,8 +61,7 @@ def public() -> Iterator[str]:
 
 
 def test_every_public_name_is_on_a_page(site: Path) -> None:
-    with (site / "objects.inv").open("rb") as file:
-        inventory = InventoryFile.load(file, str(site), lambda base, name: f"{base}/{name}")
+    inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
     described = {name for kind, names in inventory.items() if kind.startswith("py:") for name in names}
     objects = {id(_resolve(name)) for name in public() if name in described}
     # what is offered twice, as by gossamer.optim, is described once
@@ -192,7 +191,12 @@ def test_python_of_pages_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def llama() -> dict[str, Any]:
     """A model of transformers that has made a backward pass, and its optimizer."""
-    sizes = {"hidden_size": 128, "intermediate_size": 144, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 144,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=64, **sizes))
     model.save_pretrained("base")
     tokens = torch.zeros(2, 8, dtype=torch.int64)
