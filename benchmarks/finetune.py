@@ -70,7 +70,7 @@ class Options:
     epochs: float = 2.0
     steps: int | None = None
     """In place of epochs."""
-    examples: int = 3000
+    examples: int = 2000
     """Training examples of a task, at most."""
     batch_size: int = 32
 
