@@ -6,8 +6,9 @@
     python benchmarks/finetune.py --base ... --tasks words --steps 20 --seeds 0     # minutes, to try it
 
 `words` is generated: does a sentence hold a word? The others are GLUE's, from the benchmark's TSV files. `gossamer` has
-the rank whose state comes closest to that of LoRA-Pre with rank 8 from below. Every method takes the learning rate that
-is best on its dev set among those tried, which flatters all of them alike.
+the rank whose state comes closest to that of LoRA-Pre with rank 8 from below. The first seed tries all learning rates
+of a method on a task; the others take the one that had the best score on the dev set, which flatters all alike.
+Processes may share the work if their tasks differ.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 
 import gossamer
 from gossamer.data import TaskConfig
+from gossamer.data.glue import glue_task, read_glue
 from gossamer.errors import UserError
+from gossamer.evaluate.metrics import METRICS as SCORES
 from gossamer.layers import Adapter
 from gossamer.memory import predict
 from gossamer.models import load_model, locate
@@ -63,10 +67,10 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     lrs: tuple[float, ...] = ()
     """For every method, in place of `RATES`."""
-    epochs: float = 3.0
+    epochs: float = 2.0
     steps: int | None = None
     """In place of epochs."""
-    examples: int = 8000
+    examples: int = 2000
     """Training examples of a task, at most."""
     batch_size: int = 32
 
@@ -99,24 +103,25 @@ def matched_rank(base: str) -> int:
     return max(fitting)
 
 
-def configurations(options: Options) -> Iterator[tuple[dict[str, Any], Finetune[Any, Any]]]:
-    """What identifies a run, and the run; whole seeds first, so that an unfinished experiment is a smaller one."""
+def runs(options: Options, done: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Finetune[Any, Any]]]:
+    """What identifies a run, and the run; whole seeds first, so that an unfinished experiment is a smaller one.
+
+    A seed's rates follow from the rows of `done`, which must have grown by the seed before.
+    """
     methods = METHODS | {"gossamer": (gossamer.Gossamer(rank=matched_rank(options.base)), Adapter())}
-    words = write_words(options.runs / GENERATED)
+    length: dict[str, Any] = {"steps": options.steps} if options.steps else {"epochs": options.epochs}
     for seed, task, method in itertools.product(options.seeds, options.tasks, options.methods):
-        if task != GENERATED and options.glue is None:
-            raise UserError(f"glue: task {task} needs the folder of GLUE's files; name it, or --tasks {GENERATED}")
+        name, data = dataset(options, task)
         rule, adapter = methods[method]
-        for lr in options.lrs or RATES[method]:
-            length: dict[str, Any] = {"steps": options.steps} if options.steps else {"epochs": options.epochs}
-            key = {"task": task, "method": method, "lr": lr, "seed": seed, **length, "examples": options.examples}
-            name, data = ("glue/rte", words) if task == GENERATED else (f"glue/{task}", options.glue)
+        same = {"task": task, "method": method, **length, "examples": options.examples}
+        for lr in options.lrs or RATES[method] if seed == options.seeds[0] else (best_rate(done, same),):
+            key = {**same, "lr": lr, "seed": seed}
             yield (
                 key,
                 Finetune(
                     rule,
                     model=options.base,
-                    data=TaskConfig(name, str(data), examples=options.examples),
+                    data=TaskConfig(name, data, examples=options.examples),
                     adapter=adapter,
                     out=options.runs / "-".join(map(str, key.values())),
                     resume=True,
@@ -133,12 +138,31 @@ def configurations(options: Options) -> Iterator[tuple[dict[str, Any], Finetune[
             )
 
 
+def dataset(options: Options, task: str) -> tuple[str, str]:
+    """The name of a task in `gossamer finetune`, and where its files are."""
+    if task == GENERATED:
+        return "glue/rte", str(write_words(options.runs / GENERATED))
+    if options.glue is None:
+        raise UserError(f"glue: task {task} needs the folder of GLUE's files; name it, or --tasks {GENERATED}")
+    return f"glue/{task}", str(options.glue)
+
+
+def best_rate(rows: list[dict[str, Any]], same: dict[str, Any]) -> float:
+    """The learning rate with the highest mean score over seeds."""
+    scores: dict[float, list[float]] = {}
+    for row in rows:
+        if same.items() <= row.items():
+            scores.setdefault(row["lr"], []).append(row["score"])
+    return max(scores, key=lambda lr: fmean(scores[lr]))
+
+
 def main(options: Options) -> None:
-    rows = options.out / "rows.jsonl"
+    path = options.out / "rows.jsonl"
     options.out.mkdir(parents=True, exist_ok=True)
-    jsonl.mend(rows)
-    done = [row for _, row in jsonl.read(rows)] if rows.exists() else []
-    for key, config in configurations(options):
+    if path.exists():
+        jsonl.mend(path)
+    done = [row for _, row in jsonl.read(path)] if path.exists() else []
+    for key, config in runs(options, done):
         if any(key.items() <= row.items() for row in done):
             continue
         result = finetune(config, quiet=True)
@@ -151,17 +175,29 @@ def main(options: Options) -> None:
             "seconds": result.seconds,
             **{name: start[name] for name in ("config", "data", "versions", "hardware", "commit", "time")},
         }
-        with rows.open("a") as file:
+        with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        done.append(row)
         shutil.rmtree(config.out)
         print(*key.values(), f"{100 * result.score.score:.1f} %", f"{result.seconds:.0f} s", flush=True)
-    (options.out / "table.md").write_text(table([row for _, row in jsonl.read(rows)]))
+    rows = [row for _, row in jsonl.read(path)]
+    floors = {task: constant_score(*dataset(options, task)) for task in dict.fromkeys(row["task"] for row in rows)}
+    (options.out / "table.md").write_text(table(rows, floors))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Every method at its best rate for each task: mean and standard deviation over seeds, per cent."""
-    tasks, methods = (list(dict.fromkeys(row[name] for row in rows)) for name in ("task", "method"))
+def constant_score(name: str, data: str) -> float:
+    """The score of answering every question of the dev set with the largest class of the training set."""
+    learnt, asked = (np.asarray(read_glue(name, data, part).labels) for part in ("train", "dev"))
+    values, counts = np.unique(learnt, return_counts=True)
+    always = np.full(len(asked), values[counts.argmax()])
+    return fmean(SCORES[metric](always, asked) for metric in glue_task(name).metrics)
+
+
+def table(rows: list[dict[str, Any]], floors: dict[str, float]) -> str:
+    """Mean and standard deviation over seeds, per cent, and in brackets the rate and how many seeds."""
+    tasks, methods = list(floors), list(dict.fromkeys(row["method"] for row in rows))
     lines = [f"| method | state, KiB | {' | '.join(tasks)} |", "|---" * (2 + len(tasks)) + "|"]
+    lines.append(f"| largest class | | {' | '.join(f'{100 * floor:.1f}' for floor in floors.values())} |")
     for method in methods:
         own = [row for row in rows if row["method"] == method]
         cells = []
@@ -173,7 +209,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             if not rates:
                 cells.append("")
                 continue
-            lr, scores = max(rates.items(), key=lambda rate: fmean(rate[1]))
+            lr, scores = max(rates.items(), key=lambda rate: (len(rate[1]), fmean(rate[1])))
             spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
             cells.append(f"{fmean(scores):.1f}{spread} ({lr:g}, {len(scores)})")
         state = max(row["hidden_state_bytes"] for row in own)

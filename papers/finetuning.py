@@ -1,4 +1,4 @@
-"""What the fine-tuning papers' runs have in common: a plan that can be read first, a training run, its evaluations."""
+"""What the fine-tuning papers' runs have in common: a plan that can be read first, a training run, its evaluation."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Run:
     """One cell of a table."""
 
     config: Finetune[Any, Any]
-    evaluations: tuple[Evaluate, ...]
-    """Of the last checkpoint; their `model` and `out` are filled in."""
+    evaluation: Evaluate
+    """Of the last checkpoint; its `model` and `out` are filled in."""
     shape: PretrainedConfig | str
     """The model's, so that its memory can be told without its weights."""
     examples: int
@@ -46,13 +46,13 @@ class Options:
     data: str | None = None
     """A local copy of the training data."""
     test_data: tuple[str, ...] = ()
-    """Local copies of the evaluations' data, in their order."""
+    """Local copies of the evaluation's data, one for each task."""
     out: Path = Path("runs/papers")
     """Folder of the runs."""
     examples: int | None = None
     """Instead of the paper's, to try the machinery."""
     limit: int | None = None
-    """Questions of an evaluation, likewise."""
+    """Questions of a task, likewise."""
     max_new_tokens: int | None = None
     """Tokens of an answer, likewise."""
     device: str = "auto"
@@ -76,9 +76,7 @@ def plan(run: Run) -> dict[str, Any]:
     steps = round(epochs * run.examples / config.batch_size)
     return {
         "config": config.to_json(),
-        "evaluations": [
-            {"task": it.task, "template": it.template, "max_new_tokens": it.max_new_tokens} for it in run.evaluations
-        ],
+        "evaluation": {name: getattr(run.evaluation, name) for name in ("tasks", "template", "max_new_tokens")},
         "parameters": memory.parameters,
         "trained": [f"{line.group}: {line.method}, {line.parameters:,}" for line in memory.lines],
         "bytes": {
@@ -96,9 +94,7 @@ def start(run: Run, options: Options) -> list[dict[str, Any]]:
 
     A run that was stopped goes on; rows go to `results.jsonl` in the run's folder.
     """
-    if len(options.test_data) not in (0, len(run.evaluations)):
-        names = ", ".join(it.task for it in run.evaluations)
-        raise UserError(f"test_data: {len(options.test_data)} files for {len(run.evaluations)} evaluations: {names}")
+    exam = replace(run.evaluation, data=options.test_data)
     examples = options.examples or run.examples
     data = replace(run.config.data, data=options.data, examples=examples)
     config = replace(run.config, model=options.model or run.config.model, data=data, device=options.device, resume=True)
@@ -108,7 +104,7 @@ def start(run: Run, options: Options) -> list[dict[str, Any]]:
         total = sum(said["bytes"].values())
         print(f"{total / 2**30:.2f} GiB in all; {said['steps']:,} steps; seeds {', '.join(map(str, options.seeds))}")
         return []
-    needs_code = [it.task for it in run.evaluations if it.task in ("humaneval", "mbpp")]
+    needs_code = [task for task in exam.tasks if task in ("humaneval", "mbpp")]
     if needs_code and not options.allow_code_execution:  # better now than after the training
         raise UserError(f"{needs_code[0]} runs programs that the model writes; --allow-code-execution permits it")
     rows = []
@@ -116,19 +112,20 @@ def start(run: Run, options: Options) -> list[dict[str, Any]]:
         own = replace(config, seed=seed, out=options.out / run.config.out.name / f"seed-{seed}")
         finetune(own, label=f"{run.config.out.name} seed {seed}")
         last = sorted((own.out / "checkpoints").iterdir())[-1]
-        for index, it in enumerate(run.evaluations):
-            chosen = replace(
-                it,
+        scored = evaluate_model(
+            replace(
+                exam,
                 model=str(last),
                 out=own.out,
-                data=options.test_data[index] if options.test_data else None,
                 limit=options.limit,
-                max_new_tokens=options.max_new_tokens or it.max_new_tokens,
+                max_new_tokens=options.max_new_tokens or exam.max_new_tokens,
                 device=options.device,
                 allow_code_execution=options.allow_code_execution,
             )
-            rows.append(evaluate_model(chosen))
-            print(f"seed {seed}: {it.task}: {rows[-1]['scores']}")
+        )
+        for row in scored:
+            print(f"seed {seed}: {row['task']}: {row['scores']}")
+        rows += scored
     return rows
 
 

@@ -94,10 +94,8 @@ def table_2(model: str, method: str) -> Run:
         save_every=500,
         keep_last=1,
     )
-    exams = tuple(
-        Evaluate(task=task, template="alpaca", max_new_tokens=512, dtype="bfloat16") for task in ("gsm8k", "math500")
-    )
-    return Run(config, exams, resolve_config("7b") if model == "llama-2-7b" else llama_3_8b(), EXAMPLES)
+    exam = Evaluate(tasks=("gsm8k", "math500"), template="alpaca", max_new_tokens=512, dtype="bfloat16")
+    return Run(config, exam, resolve_config("7b") if model == "llama-2-7b" else llama_3_8b(), EXAMPLES)
 
 
 @dataclass(frozen=True)

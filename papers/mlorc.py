@@ -49,8 +49,8 @@ METHODS: dict[str, tuple[Any, Adapter]] = {
     "gossamer": (gossamer.Gossamer(rank=4), Adapter()),
 }
 TASKS = {
-    "math": (TaskConfig("metamath"), Evaluate(task="gsm8k", template="alpaca", max_new_tokens=512)),
-    "code": (TaskConfig("codefeedback"), Evaluate(task="humaneval", template="alpaca", max_new_tokens=512)),
+    "math": (TaskConfig("metamath"), Evaluate(tasks=("gsm8k",), template="alpaca", max_new_tokens=512)),
+    "code": (TaskConfig("codefeedback"), Evaluate(tasks=("humaneval",), template="alpaca", max_new_tokens=512)),
 }
 
 
@@ -81,7 +81,7 @@ def run(task: str, method: str, lr: float | None = None) -> Run:
         save_every=100,
         keep_last=1,
     )
-    return Run(config, (exam,), resolve_config("7b"), EXAMPLES)
+    return Run(config, exam, resolve_config("7b"), EXAMPLES)
 
 
 @dataclass(frozen=True)

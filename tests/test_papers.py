@@ -91,7 +91,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for main, words, said in (
         (lora_pre.main, ["--method", "lora-per"], "method: unknown 'lora-per'; known: lora-pre, lora"),
         (lora_pre.main, ["--model-name", "gpt"], "model_name: unknown 'gpt'; known: llama-2-7b"),
-        (lora_pre.main, ["--test-data", "a"], "test_data: 1 files for 2 evaluations: gsm8k, math500"),
+        (lora_pre.main, ["--test-data", "a"], "data: 1 sources for 2 tasks: gsm8k, math500"),
         (mlorc.main, ["--method", "galore"], "lr: the repository has no learning rate for galore on math; name one"),
     ):
         assert main(words) == 2

@@ -260,7 +260,7 @@ def test_generation_stops_where_it_is_told(base: Path) -> None:
 
 def test_every_sample_is_kept_with_the_score(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "gsm.jsonl", RECORDS["gsm8k"])
-    words = ["eval", "--model", str(base), "--task", "gsm8k", "--data", data, "--out", str(tmp_path / "out")]
+    words = ["eval", "--model", str(base), "--tasks", "gsm8k", "--data", data, "--out", str(tmp_path / "out")]
     assert main([*words, "--max-new-tokens", "5", "--limit", "2", "--device", "cpu"]) == 0
     assert "gsm8k: accuracy 0.0000" in capsys.readouterr().out
     (row,) = (json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines())
@@ -271,16 +271,27 @@ def test_every_sample_is_kept_with_the_score(base: Path, tmp_path: Path, capsys:
     assert all("### Instruction:\nWhat is" in sample["prompt"] and not sample["correct"] for sample in kept)
 
 
+def test_several_tasks_each_with_its_data(base: Path, tmp_path: Path) -> None:
+    names = ("gsm8k", "math500")
+    data = tuple(write(tmp_path / f"{name}.jsonl", RECORDS[name]) for name in names)
+    rows = evaluate_model(Evaluate(str(base), names, data, tmp_path, max_new_tokens=2, device="cpu"), quiet=True)
+    assert [(row["task"], row["data"]["source"]) for row in rows] == list(zip(names, data, strict=True))
+    assert [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()] == json.loads(
+        json.dumps(rows)
+    )
+
+
 def test_the_digest_changes_with_any_weight(base: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "text.jsonl", [{"text": "the river carried a lantern"}])
     model: Any = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
     model.lm_head.weight.data[0, 0] += 1
     load_tokenizer(base).save_pretrained(tmp_path / "other")
     model.save_pretrained(tmp_path / "other")
-    options = {"task": "perplexity", "data": data, "device": "cpu"}
+    options: dict[str, Any] = {"tasks": ("perplexity",), "data": (data,), "device": "cpu"}
     rows = [
-        evaluate_model(Evaluate(model=str(folder), out=tmp_path / "out", **options), quiet=True)
+        row
         for folder in (base, base, tmp_path / "other")
+        for row in evaluate_model(Evaluate(model=str(folder), out=tmp_path / "out", **options), quiet=True)
     ]
     one, again, other = (row["model_digest"] for row in rows)
     assert one == again != other
@@ -290,10 +301,10 @@ def test_the_digest_changes_with_any_weight(base: Path, tmp_path: Path) -> None:
 
 def test_code_runs_only_where_it_is_allowed(base: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "he.jsonl", RECORDS["humaneval"])
-    options: dict[str, Any] = {"model": str(base), "task": "humaneval", "data": data, "out": tmp_path / "out"}
+    options: dict[str, Any] = {"model": str(base), "tasks": ("humaneval",), "data": (data,), "out": tmp_path / "out"}
     with pytest.raises(UserError, match="--allow-code-execution"):
         evaluate_model(Evaluate(**options), quiet=True)
-    row = evaluate_model(Evaluate(**options, max_new_tokens=4, allow_code_execution=True, device="cpu"), quiet=True)
+    (row,) = evaluate_model(Evaluate(**options, max_new_tokens=4, allow_code_execution=True, device="cpu"), quiet=True)
     assert row["scores"] == {"pass@1": 0} and row["isolation"] == sandbox.isolation()
     (sample,) = samples(tmp_path / "out")
     assert sample["output"] in sample["program"] and sample["ended"] != "passed"
@@ -308,25 +319,26 @@ def test_tasks_of_lm_eval_run(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
         'doc_to_choice: ["even", "odd"]\nmetric_list:\n  - metric: acc\nmetadata:\n  version: 1.0\n'
     )
     options: dict[str, Any] = {"model": str(base), "tasks_folder": tmp_path, "out": tmp_path / "out", "device": "cpu"}
-    row = evaluate_model(Evaluate(task="lm-eval:own_parity", **options), quiet=True)
+    (row,) = evaluate_model(Evaluate(tasks=("lm-eval:own_parity",), **options), quiet=True)
     kept = samples(tmp_path / "out")
     right = sum(sample["acc"] for sample in kept)
     assert len(kept) == 4 and row["scores"] == {"own_parity/acc,none": right / 4}
     with pytest.raises(UserError, match="lm-eval knows no 'own_party'"):
-        evaluate_model(Evaluate(task="lm-eval:own_party", **options), quiet=True)
+        evaluate_model(Evaluate(tasks=("lm-eval:own_party",), **options), quiet=True)
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ("--task gsm9k", "task: unknown 'gsm9k' (did you mean 'gsm8k'?)"),
-        ("--task glue/rtee", "unknown glue/rtee (did you mean 'rte'?)"),
-        ("--task perplexity", "data: perplexity of what?"),
-        ("--task gsm8k --data nowhere.jsonl", "no such file: nowhere.jsonl"),
-        ("--task gsm8k --limit 0", "limit: 0 is too small"),
-        ("--task gsm8k --data {gsm} --template chat", "has no chat template"),
-        ("--task glue/sst2 --data {colours}", "has no classification head"),
-        ("--task math500 --data {gsm}", "no field 'problem'"),
+        ("--tasks gsm9k", "tasks: unknown 'gsm9k' (did you mean 'gsm8k'?)"),
+        ("--tasks glue/rtee", "unknown glue/rtee (did you mean 'rte'?)"),
+        ("--tasks perplexity", "data: perplexity of what?"),
+        ("--tasks gsm8k --data nowhere.jsonl", "no such file: nowhere.jsonl"),
+        ("--tasks gsm8k math500 --data {gsm}", "data: 1 sources for 2 tasks: gsm8k, math500"),
+        ("--tasks gsm8k --limit 0", "limit: 0 is too small"),
+        ("--tasks gsm8k --data {gsm} --template chat", "has no chat template"),
+        ("--tasks glue/sst2 --data {colours}", "has no classification head"),
+        ("--tasks math500 --data {gsm}", "no field 'problem'"),
     ],
 )
 def test_bad_input_is_one_line(

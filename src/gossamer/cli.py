@@ -101,9 +101,9 @@ def run_finetune(argv: list[str]) -> None:
 
 def run_eval(argv: list[str]) -> None:
     options = _parse(Evaluate, "eval", argv)
-    row = evaluate_model(options)
-    print(f"{options.task}: " + ", ".join(f"{name} {value:.4f}" for name, value in row["scores"].items()))
-    print(f"{options.out / (row['samples'] or 'results.jsonl')}")
+    for row in evaluate_model(options):
+        print(f"{row['task']}: " + ", ".join(f"{name} {value:.4f}" for name, value in row["scores"].items()))
+        print(f"{options.out / (row['samples'] or 'results.jsonl')}")
 
 
 def run_bench(argv: list[str]) -> None:

@@ -27,10 +27,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from gossamer.distributed import storage
-from gossamer.layers import PARAMETRIZATIONS
+from gossamer.layers import PARAMETRIZATIONS, Adapter
 from gossamer.optim.contract import build
 from gossamer.restarts import Restarts
-from gossamer.train import Pretrain, pretrain
+from gossamer.train import Finetune, Pretrain, finetune, pretrain
+from tests import test_finetune as tuning
 from tests.test_train import checkpoints, events, free_port, losses, make, processes
 
 Run = dict[str, Any]
@@ -100,7 +101,7 @@ def make_run(run: Run) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if "nan" in run:
             spoil(patch, *run["nan"], full="full" in run)
-        pretrain(run["config"])
+        (finetune if isinstance(run["config"], Finetune) else pretrain)(run["config"])
 
 
 def spoil(patch: pytest.MonkeyPatch, rank: int, call: int, full: bool) -> None:
@@ -177,6 +178,35 @@ def test_sharded_low_rank_layers_train_as_on_one_process(
     assert dense[0].keys() == dense[1].keys() and not any(name.endswith(".B") for name in dense[0])
     for name, weight in dense[0].items():
         torch.testing.assert_close(dense[1][name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_fine_tuning_is_that_of_one_process(
+    base: Path, sums: str, colours: Path, tmp_path: Path, parallel: str
+) -> None:
+    """Answers of different lengths, packed or not, labels, and LoRA, whose frozen weights are sharded too.
+
+    A batch of four rows is two of each process, whose answers have different numbers of tokens.
+    """
+    answers = {"task": "instructions", "data": sums, "template": "none", "max_length": 64}
+    tasks: dict[str, dict[str, Any]] = {
+        "answers": answers,
+        "packed": answers | {"packing": True},
+        "labels": {"task": "glue/sst2", "data": str(colours)},
+        "lora": answers | {"adapter": Adapter("lora", rank=4), "method": "adamw"},
+    }
+    runs = [
+        {size: tuning.make(base, tmp_path / size / name, **({"method": "gossamer"} | task), parallel=parallel)}
+        for size in "12"
+        for name, task in tasks.items()
+    ]
+    for size in "12":
+        together(int(size), [{"config": run[size]} for run in runs if size in run], tmp_path / "said" / size)
+    for name in tasks:
+        one, two = (
+            [event["loss"] for event in tuning.events(tmp_path / size / name, "train", "eval")] for size in "12"
+        )
+        assert len(one) == 5 and two == pytest.approx(one, rel=1e-5), name
 
 
 def last(out: Path) -> Path:

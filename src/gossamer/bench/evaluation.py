@@ -1,4 +1,4 @@
-"""`gossamer eval`: a model, a task, a score that can be audited."""
+"""`gossamer eval`: a model, tasks, scores that can be audited."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ Samples = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score a model on a task. Every sample is kept beside the score."""
+    """Score a model on tasks. Every sample is kept beside the score."""
 
     model: str = ""
     """A Hugging Face folder with config.json, weights and tokenizer (such as a checkpoint of ours), or a hub name."""
-    task: str = "gsm8k"
+    tasks: tuple[str, ...] = ("gsm8k",)
     """perplexity, gsm8k, math500, humaneval, mbpp, glue/cola, glue/rte ..., or lm-eval:TASK[,TASK...]."""
-    data: str | None = None
-    """A local file (of glue/* also a folder), `hf:REPO[:CONFIG]`, or of perplexity any text that `gossamer pretrain`
-    reads; None: the task's own dataset on the hub."""
+    data: tuple[str, ...] = ()
+    """One for each task, in their order: a local file (of glue/* also a folder), `hf:REPO[:CONFIG]`, or of perplexity
+    any text that `gossamer pretrain` reads; none: the tasks' own datasets on the hub."""
     out: Path = Path("runs/eval")
     """Folder of `results.jsonl`, to which a line is added, and of the samples."""
     template: Template | None = None
@@ -84,6 +84,10 @@ class Evaluate:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}: {value} is too small; allowed: an integer >= 1")
+        if not self.tasks:
+            raise UserError("tasks: none named; gsm8k, perplexity, ...")
+        if len(self.data) not in (0, len(self.tasks)):
+            raise UserError(f"data: {len(self.data)} sources for {len(self.tasks)} tasks: {', '.join(self.tasks)}")
 
 
 @dataclass(frozen=True)
@@ -96,28 +100,39 @@ class _Found:
     samples: Samples
 
 
-def evaluate_model(options: Evaluate, *, quiet: bool = False) -> dict[str, Any]:
-    """Score a model; returns the row that was added to `results.jsonl`.
+_Run = Callable[[str, str | None, Evaluate, Path, World, bool], _Found]
+"""Task, data, options, the model's folder, processes, quiet."""
+
+
+def evaluate_model(options: Evaluate, *, quiet: bool = False) -> list[dict[str, Any]]:
+    """Score a model; returns the rows that were added to `results.jsonl`, one for each task.
 
     Raises:
         UserError: an unknown task, no such model or data, code that was not allowed to run.
     """
-    run = _task(options)
+    sources = options.data or (None,) * len(options.tasks)
+    runs = [(task, source, _task(task, source, options)) for task, source in zip(options.tasks, sources, strict=True)]
     world = start(options.device)
     try:
         folder = locate(options.model)
-        found = run(options, folder, world, quiet)
         model_digest = _digest_of(folder)
+        return [
+            _keep(options, task, run(task, source, options, folder, world, quiet), model_digest)
+            for task, source, run in runs
+        ]
     finally:
         stop()
+
+
+def _keep(options: Evaluate, task: str, found: _Found, model_digest: str) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
-    name = options.task.replace("/", "-").replace(":", "-")
+    name = task.replace("/", "-").replace(":", "-")
     taken = len(list(options.out.glob(f"{name}-*.samples.jsonl")))
     samples = options.out / f"{name}-{taken + 1:03d}.samples.jsonl"
     if found.samples:
         samples.write_text("".join(json.dumps(sample, default=str) + "\n" for sample in found.samples))
     row = {
-        "task": options.task,
+        "task": task,
         "scores": found.scores,
         **found.counts,
         "samples": samples.name if found.samples else None,
@@ -140,14 +155,13 @@ def _digest_of(folder: Path) -> str:
     return digest("model", [(path.name, file_digest(path)) for path in files])
 
 
-def _task(options: Evaluate) -> Callable[[Evaluate, Path, World, bool], _Found]:
-    task = options.task
+def _task(task: str, source: str | None, options: Evaluate) -> _Run:
     if task in EXAMS:
         if EXAMS[task].runs_code and not options.allow_code_execution:
-            raise UserError(f"task: {task} runs programs that the model writes; --allow-code-execution permits it")
+            raise UserError(f"tasks: {task} runs programs that the model writes; --allow-code-execution permits it")
         return _examine
     if task == "perplexity":
-        if options.data is None:
+        if source is None:
             raise UserError("data: perplexity of what? name a text file, a .jsonl, or hf:REPO[:CONFIG]")
         return _perplexity
     if task.startswith("glue/"):
@@ -156,12 +170,12 @@ def _task(options: Evaluate) -> Callable[[Evaluate, Path, World, bool], _Found]:
     if task.startswith(HARNESS) and len(task) > len(HARNESS):
         return _harness
     known = ("perplexity", *EXAMS, "glue/<task>", f"{HARNESS}<task>")
-    raise UserError(f"task: unknown {task!r}{nearest(task, known)}; known: {', '.join(known)}")
+    raise UserError(f"tasks: unknown {task!r}{nearest(task, known)}; known: {', '.join(known)}")
 
 
-def _examine(options: Evaluate, folder: Path, world: World, quiet: bool) -> _Found:
-    exam = EXAMS[options.task]()
-    records = read_records(options.data or exam.data, exam.split)
+def _examine(task: str, source: str | None, options: Evaluate, folder: Path, world: World, quiet: bool) -> _Found:
+    exam = EXAMS[task]()
+    records = read_records(source or exam.data, exam.split)
     template = options.template or exam.template
     questions = exam.questions(records, template)[: options.limit]
     tokenizer: Any = load_tokenizer(folder)
@@ -211,10 +225,10 @@ def _examine(options: Evaluate, folder: Path, world: World, quiet: bool) -> _Fou
     return _Found({"accuracy": score}, counts, samples)
 
 
-def _perplexity(options: Evaluate, folder: Path, world: World, quiet: bool) -> _Found:
-    assert options.data is not None
+def _perplexity(task: str, source: str | None, options: Evaluate, folder: Path, world: World, quiet: bool) -> _Found:
+    assert source is not None
     text = {"text_field": options.text_field, "tokenizer": str(folder), "seq_len": options.seq_len}
-    rows, description = open_text(options.data, **text)
+    rows, description = open_text(source, **text)
     model = load_model(folder, dtype=getattr(torch, options.dtype), device=world.device)
     tokens = options.limit or rows.num_rows * rows.seq_len
     sizes = {"batch_size": options.batch_size, "micro_batch_size": options.batch_size}
@@ -223,37 +237,35 @@ def _perplexity(options: Evaluate, folder: Path, world: World, quiet: bool) -> _
     return _Found(scores, {"tokens": score.tokens, "data": description}, [])
 
 
-def _glue(options: Evaluate, folder: Path, world: World, quiet: bool) -> _Found:
-    task = glue_task(options.task)
-    data = read_glue(options.task, options.data, "dev")
+def _glue(task: str, source: str | None, options: Evaluate, folder: Path, world: World, quiet: bool) -> _Found:
+    spec = glue_task(task)
+    data = read_glue(task, source, "dev")
     tokenizer: Any = load_tokenizer(folder)
-    outputs = len(task.labels) or 1
+    outputs = len(spec.labels) or 1
     if head_width(folder) is None:
-        raise UserError(
-            f"model: {folder} has no classification head; gossamer finetune --task {options.task} trains one"
-        )
+        raise UserError(f"model: {folder} has no classification head; gossamer finetune --task {task} trains one")
     model: Any = load_model(folder, dtype=getattr(torch, options.dtype), device=world.device, labels=outputs)
     data = data.first(options.limit)
-    rows = LabelledRows(data, tokenizer, options.max_length, not task.labels)
+    rows = LabelledRows(data, tokenizer, options.max_length, not spec.labels)
     if model.config.pad_token_id is None:  # by which a causal model finds the last token of a row
         model.config.pad_token_id = rows.pad_id
     logits = predict_labels(model, rows, options.batch_size, world)
-    score = score_labels(logits, rows.labels, task.metrics)
+    score = score_labels(logits, rows.labels, spec.metrics)
     samples = [
         {"text": list(text), "label": label, "logits": row}
         for text, label, row in zip(data.texts, data.labels, logits.tolist(), strict=True)
     ]
-    source = {"source": data.name, "fingerprint": data.fingerprint}
-    counts = {"examples": rows.num_rows, "cut": rows.num_cut, "data": source}
+    read = {"source": data.name, "fingerprint": data.fingerprint}
+    counts = {"examples": rows.num_rows, "cut": rows.num_cut, "data": read}
     return _Found({"score": score.score, **score.metrics, "loss": score.loss}, counts, samples)
 
 
-def _harness(options: Evaluate, folder: Path, world: World, quiet: bool) -> _Found:
+def _harness(task: str, source: str | None, options: Evaluate, folder: Path, world: World, quiet: bool) -> _Found:
     model = load_model(folder, dtype=getattr(torch, options.dtype), device=world.device)
     found = run_harness(
         model,
         load_tokenizer(folder),
-        options.task.removeprefix(HARNESS).split(","),
+        task.removeprefix(HARNESS).split(","),
         folder=options.tasks_folder,
         batch_size=options.batch_size,
         num_fewshot=options.num_fewshot,
@@ -270,5 +282,5 @@ def _progress(title: str, total: int, quiet: bool) -> Iterator[Callable[[int], N
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        shown = bar.add_task(title, total=total)
+        yield lambda done: bar.update(shown, completed=done)
