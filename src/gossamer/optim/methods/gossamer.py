@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import UserError
-from gossamer.kernels.native import Past, Product, Reading, Step
+from gossamer.kernels.native import Past, Product, Products, Reading, Step
 from gossamer.optim import factors, rules, stores
 from gossamer.optim.batch import Batch, fits
 from gossamer.optim.contract import (
@@ -87,12 +87,13 @@ class Tracker:
         """
         b, a, tail = sweep.state["m_B"], sweep.state["m_A"], self.tail * (mass - own)
         bound = rules.gradient_bound(sweep.dtype, sweep.grad.numel())
-        one = Reading(right=(w.mT, None), left=(b, None))
-        (inside, v_inside), (known, v_below) = sweep.read(second.first(one) if second else one, bound)
+        one = Reading(right=(w.mT, None), left=(b, None), bound=bound)
+        found = sweep.read(second.first(one) if second else one)
+        inside, known = found.right[0], found.left[0]
         new_b = factors.followed_b(b, a, w, inside, decay)
         thin = torch.cat([past * a - tail * (known - (known @ w.mT) @ w), -tail * w]).div_(own + tail)
-        two = Reading(left=(new_b, None), step=step(Product(torch.cat([b, inside], 1), thin)))
-        below, v_below = sweep.read(second.last(two, v_inside, v_below) if second else two, bound).left
+        two = Reading(left=(new_b, None), step=step(Product(torch.cat([b, inside], 1), thin)), bound=bound)
+        below, v_below = sweep.read(second.last(two, found) if second else two).left
         new_a = factors.followed_a(new_b, b, a, below, decay)
         factors.put_(sweep.state, m=(new_b, new_a), **(second.new(v_below) if second else {}))
 
@@ -252,25 +253,29 @@ class Second:
             if self.kind == "absolute":
                 self.past = Past(Product(state["v_B"], state["v_A"], past**0.5), "squared")
             else:
-                v = Product(state["v_B"], state["v_A"], past)
-                self.past = Past(v, "floored", sweep.mean_below(v))
+                self.past = Past(Product(state["v_B"], state["v_A"], past), "floored")
 
     def first(self, reading: Reading) -> Reading:
         """The first reading of the gradient, and what it is to find for this moment."""
         if self.kind == "dense":
             return reading
-        target = "magnitude" if self.kind == "absolute" else "square"
-        return replace(reading, target=target, right=(reading.right[0], self.x), left=(reading.left[0], self.y))
+        reading = replace(reading, right=(reading.right[0], self.x), left=(reading.left[0], self.y))
+        if self.kind == "square":  # whose floor is to be known before the last one
+            reading = replace(reading, past=self.past)
+        return replace(reading, target="magnitude" if self.kind == "absolute" else "square")
 
-    def last(self, reading: Reading, inside: Any, below: Any) -> Reading:
-        """The last one, after the first found `inside` and `below`."""
-        reading = replace(reading, past=self.past)
+    def last(self, reading: Reading, found: Products) -> Reading:
+        """The last one, after what the first found."""
+        if isinstance(self.past, Past) and found.floor is not None:
+            self.past = replace(self.past, floor=found.floor)
+        reading, inside = replace(reading, past=self.past), found.right[1]
         if self.kind == "rows-columns":
-            self.rows, self.columns = inside[:, 0], below[0]
+            self.rows, self.columns = inside[:, 0], found.left[1][0]
         if self.kind in ("rows-columns", "dense"):
             return reading
         self.b = factors.followed_b(self.state["v_B"], self.state["v_A"], self.w, inside, self.decay)
-        return replace(self.first(reading), right=(None, None), left=(reading.left[0], self.b))
+        target = "magnitude" if self.kind == "absolute" else "square"
+        return replace(reading, target=target, left=(reading.left[0], self.b))
 
     def new(self, below: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """New factors to keep; what else there is is kept here."""
