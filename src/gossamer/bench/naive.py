@@ -22,7 +22,7 @@ State = dict[str, Any]
 
 
 def lora_pre(method: Any, grad: Tensor, state: State, ctx: Context) -> Tensor:
-    """Wang et al. 2026, Algorithm 1. The factors' inverses are of r x r matrices, with the damping on their diagonals."""
+    """Wang et al. 2026, Algorithm 1, with the damping on the diagonals of the r x r matrices that are inverted."""
     t, (beta1, beta2), (m, n), r = ctx.step, method.betas, grad.shape, method.rank
     if t == 1:
         for name in "mv":
@@ -145,7 +145,7 @@ class Naive(torch.optim.Optimizer):
         self.method, self.direction = method, EQUATIONS[describe(method)["name"]]
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         (group,) = self.param_groups
         for index, param in enumerate(group["params"]):
             state = self.state[param]

@@ -67,9 +67,10 @@ class Rival:
 class StepBench:
     """Time the optimizer step over a model's hidden matrices, each step back to back with a rival's.
 
-    Rivals: `naive`, the paper's equations with whole matrices (of six methods, on a CPU, in fp32); `reference`, the method as it
-    reads here; `adamw`, torch's fused AdamW in fp32; `adamw-8bit`, torchao's, if it is installed; on a GPU also `adamw-bf16`, torch's fused AdamW with weights and moments in bf16, and `adamw-bf16-fp32`,
-    ours with bf16 weights and fp32 moments. No projector is computed within a timed step.
+    Rivals: `naive`, the paper's equations with whole matrices (of six methods, on a CPU, in fp32); `reference`, the
+    method as it reads here; `adamw`, torch's fused AdamW in fp32; `adamw-8bit`, torchao's, if it is installed; on a GPU
+    also `adamw-bf16`, torch's fused AdamW with weights and moments in bf16, and `adamw-bf16-fp32`, ours with bf16
+    weights and fp32 moments. No projector is computed within a timed step.
     """
 
     methods: tuple[str, ...] = ()
@@ -105,7 +106,10 @@ class StepBench:
             raise UserError(f"threads: {self.threads} is too large; allowed: 1 to {MOST_THREADS}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device: there is no CUDA device here; allowed: cpu")
-        known = [*all_rivals(AdamW(), self.device, torch.float32), *([NAIVE] if (self.device, self.dtype) == ("cpu", "float32") else [])]
+        known = [
+            *all_rivals(AdamW(), self.device, torch.float32),
+            *([NAIVE] if (self.device, self.dtype) == ("cpu", "float32") else []),
+        ]
         for name in self.rivals:
             if name not in known:
                 raise UserError(

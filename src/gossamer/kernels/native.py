@@ -127,7 +127,7 @@ def sweep_ref(grad: Tensor, weight: Tensor, reading: Reading, rate: float, decay
         if second is None or step.rule == "sign":
             direction = m.sign()
         else:
-            direction = (step.gain * m.clamp(-most, most) / (second.sqrt() + step.eps)).clamp(-(most**0.5), most**0.5)
+            direction = (m.clamp(-most, most) / (second.sqrt() + step.eps) * step.gain).clamp(-(most**0.5), most**0.5)
         weight.mul_(decay).sub_(direction, alpha=rate)
     return products._replace(floor=None if reading.past is None or reading.past.floor is not None else floor)
 

@@ -234,16 +234,16 @@ struct Worker {
     // Rows of the gradient, cut, and their magnitude or square where that is the target.
     void read(Long row, Long rows, Long column, Long width) {
         Long padded = up(width, LANES);
+        const float bound = of.bound;
         for (Long i = 0; i < rows; i++) {
             const float *from = of.grad + (row + i) * of.n + column;
             float *g = block(0) + i * PITCH, *f = block(1) + i * PITCH;
             for (Long j = 0; j < width; j += LANES)
                 __builtin_prefetch(from + AHEAD * of.n + j);
-            memcpy(g, from, width * sizeof(float));
+            for (Long j = 0; j < width; j++)
+                g[j] = cut(from[j], bound);
             for (Long j = width; j < padded; j++)
                 g[j] = 0.0f;
-            for (Long j = 0; j < padded; j++)
-                g[j] = cut(g[j], of.bound);
             if (of.target == MAGNITUDE)
                 for (Long j = 0; j < padded; j++)
                     f[j] = fabsf(g[j]);
@@ -286,8 +286,8 @@ struct Worker {
             }
         else
             for (Long j = 0; j < width; j++) {
-                float x = gain * cut(m[j] + g[j], FLT_MAX) / (sqrtf(h[j] + g[j] * g[j]) + eps);
-                w[j] = decay * w[j] - rate * cut(x, DIRECTION_BOUND);
+                float x = cut(m[j] + g[j], FLT_MAX) / (sqrtf(h[j] + g[j] * g[j]) + eps);
+                w[j] = decay * w[j] - rate * cut(gain * x, DIRECTION_BOUND);
             }
     }
 

@@ -35,6 +35,15 @@ def frame(state: State, name: str, generator: torch.Generator) -> Tensor:
     return orthonormalize(torch.where((a != 0).any(), a, gaussian).mT).mT
 
 
+def frames(state: State, names: Sequence[str], generator: torch.Generator) -> list[Tensor]:
+    """`frame` of each of the named moments, on a CPU, where nothing is drawn that is not used."""
+    rows = [state[f"{name}_A"] for name in names]
+    if not all(map(largest, rows)):
+        fresh = [torch.randn(a.shape, dtype=a.dtype, device=a.device, generator=generator) for a in rows]
+        rows = [a if largest(a) else gaussian for a, gaussian in zip(rows, fresh, strict=True)]
+    return [orthonormalize(a.mT).mT for a in rows]
+
+
 def follow(b: Tensor, a: Tensor, w: Tensor, target: Tensor, decay: float, rows: Rows = HERE) -> tuple[Tensor, Tensor]:
     """One warm-started subspace iteration on `decay B A + (1 - decay) target`, which is never formed.
 

@@ -198,7 +198,9 @@ class Gossamer(Tracker):
         beta1, own = self.betas[0], 1 - self.betas[0]
         for sweep in sweeps:
             mass = 1 - beta1**sweep.context.m_step
-            w, second = factors.frame(sweep.state, "m", sweep.context.generator), Second(self, sweep)
+            names = ("m", "v") if self.second in ("square", "absolute") else ("m",)
+            w, *v_w = factors.frames(sweep.state, names, sweep.context.generator)
+            second = Second(self, sweep, *v_w)
             # the direction is gain (m + g) / (sqrt(v + g^2) + eps)
             gain = (own + self.tail * (mass - own)) / mass
             step = partial(Step, "adam", gain=gain * second.spread, eps=self.eps * second.spread)
@@ -232,7 +234,7 @@ class Gossamer(Tracker):
 class Second:
     """The second moment of a step that reads the gradient twice, on a CPU."""
 
-    def __init__(self, method: Gossamer, sweep: Sweep) -> None:
+    def __init__(self, method: Gossamer, sweep: Sweep, *w: Tensor) -> None:
         self.kind, self.beta2, self.state = method.second, method.betas[1], sweep.state
         state, ctx = sweep.state, sweep.context
         own, before = (1 - self.beta2) / (1 - self.beta2**ctx.v_step), max(ctx.v_step - 1, 1)
@@ -248,7 +250,7 @@ class Second:
         elif self.kind == "dense":
             self.past = state["v"].mul_(past)
         else:
-            self.w = factors.frame(state, "v", ctx.generator)
+            (self.w,) = w
             self.x, self.y = self.w.mT, None
             if self.kind == "absolute":
                 self.past = Past(Product(state["v_B"], state["v_A"], past**0.5), "squared")
@@ -324,8 +326,8 @@ class GossamerLion(Tracker):
         beta1, beta2 = self.betas
         for sweep in sweeps:
             mass = 1 - beta1 * beta2 ** (sweep.context.m_step - 1)
-            w, step = factors.frame(sweep.state, "m", sweep.context.generator), partial(Step, "sign")
-            self.follow_(sweep, w, past=beta1, own=1 - beta1, mass=mass, decay=beta2, step=step)
+            (w,) = factors.frames(sweep.state, ("m",), sweep.context.generator)
+            self.follow_(sweep, w, past=beta1, own=1 - beta1, mass=mass, decay=beta2, step=partial(Step, "sign"))
 
     def can_launch(self, param: Tensor) -> bool:
         return fits(param, min(self.rank, *param.shape))
