@@ -80,7 +80,8 @@ def gossamer(method: Any, grad: Tensor, state: State, ctx: Context) -> Tensor:
     outside = rest - rest @ w.mT @ w
     mass, own = 1 - beta1**t, (1 - beta2) / (1 - beta2**t)
     first = (average + method.tail * (mass - (1 - beta1)) * outside) / mass
-    second = own * grad**2
+    square = grad**2
+    second = own * square
     if t > 1:
         history = torch.outer(rows, columns) / rows.mean() / (1 - beta2 ** (t - 1))
         second = (1 - own) * history + second
@@ -88,8 +89,8 @@ def gossamer(method: Any, grad: Tensor, state: State, ctx: Context) -> Tensor:
     state.update(
         b=new_b,
         a=new_b.mT @ average,
-        rows=beta2 * rows + (1 - beta2) * (grad**2).mean(1),
-        columns=beta2 * columns + (1 - beta2) * (grad**2).mean(0),
+        rows=beta2 * rows + (1 - beta2) * square.mean(1),
+        columns=beta2 * columns + (1 - beta2) * square.mean(0),
     )
     return first / (second.sqrt() + method.eps)
 
