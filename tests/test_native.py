@@ -127,7 +127,7 @@ def test_nan_and_infinity_go_where_they_would() -> None:
 
 
 @pytest.mark.parametrize("target", ["second", "square"])
-@pytest.mark.parametrize("r", [3, 9, 70])
+@pytest.mark.parametrize("r", [9, 70])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_floor_is_found(shape: tuple[int, int], r: int, target: Any, threads: int) -> None:
     """The reference's float64 product may have another sign only where it is within 1e-6 of zero: none is here.
