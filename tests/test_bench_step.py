@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import gossamer
-from gossamer.bench import StepBench, bench_step, plots, step, write_page
+from gossamer.bench import StepBench, bench_step, naive, plots, step, write_page
 from gossamer.bench.step import all_rivals, cells, hidden_shapes, read_rows, write_markdown
 from gossamer.bench.timing import WARM_UP, Pairs, time_pairs
 from gossamer.cli import main
@@ -142,6 +143,39 @@ def test_rivals() -> None:
     assert rival.state[param]["exp_avg"].dtype is torch.float32
 
 
+NAIVE = [*((name, {}) for name in naive.EQUATIONS), ("mlorc", {"power_iterations": 1, "oversampling": 2})]
+
+
+@pytest.mark.parametrize(("name", "fields"), NAIVE, ids=str)
+def test_the_naive_rival_takes_the_reference_s_steps(name: str, fields: dict[str, int]) -> None:
+    """In float64, tall, wide and square: the same sums in another order, as fused twins are held to them."""
+    method = gossamer.methods()[name].cls(rank=4, **fields)
+    trained = []
+    for make in (partial(naive.Naive, method), partial(step.make_optimizer, method, "reference")):
+        generator = torch.Generator().manual_seed(0)
+        params = [
+            torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+            for shape in ((20, 12), (12, 20), (9, 9))
+        ]
+        optimizer = make(params)
+        for _ in range(7):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+            optimizer.step()
+        trained.append(params)
+    for ours, theirs in zip(*trained, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_what_the_naive_rival_is_there_for() -> None:
+    """The methods of the table, in fp32 on a CPU."""
+    assert set(naive.EQUATIONS) == set(step.RANKS)
+    assert "naive" in all_rivals(gossamer.LoRAPre(), "cpu", torch.float32)
+    assert "naive" not in all_rivals(gossamer.LoRAPre(), "cpu", torch.bfloat16)
+    assert "naive" not in all_rivals(gossamer.LoRAPreStable(), "cpu", torch.float32)
+    assert "naive" not in all_rivals(gossamer.LoRAPre(), "cuda", torch.float32)
+
+
 def test_what_is_shown(options: StepBench, tmp_path: Path) -> None:
     bench_step(options)
     rows = bench_step(options)
@@ -176,6 +210,11 @@ def test_the_command(options: StepBench, capsys: pytest.CaptureFixture[str]) -> 
     [
         ("--methods lora-per", "method: unknown 'lora-per' (did you mean 'lora-pre'?)"),
         ("--rivals adam", "rivals: 'adam' is not here (did you mean 'adamw'?)"),
+        (
+            "--rivals naive --methods adamw",
+            "rivals: 'naive' is not written for 'adamw'; allowed methods: lora-pre, mlorc",
+        ),
+        ("--rivals naive --dtype bfloat16", "rivals: 'naive' is not here; known: adamw, reference"),
         ("--layers 0", "layers: 0 is too small; allowed: an integer >= 1"),
         ("--rounds 0", "rounds: 0 is too small"),
         ("--threads -1", "threads: -1 is too small"),

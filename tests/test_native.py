@@ -126,14 +126,57 @@ def test_nan_and_infinity_go_where_they_would() -> None:
     check(shape, reading(shape, r, target="second", past=past, step=Step("adam", pair(shape, r, 30), eps=0.1)), grad)
 
 
+@pytest.mark.parametrize("target", ["second", "square"])
+@pytest.mark.parametrize("r", [9, 70])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_below(shape: tuple[int, int], threads: int) -> None:
-    """The reference's float64 product may have another sign only where it is within 1e-6 of zero: none is here."""
-    ours = pair(shape, 6, 20)
-    exact = double(ours)
-    assert bool((exact.b @ exact.a * exact.scale).abs().min() > 1e-6)
-    (total, count), (expected, number) = native.below(ours), native.below_ref(exact)
-    assert count == number and total == pytest.approx(expected, rel=1e-5)
+def test_a_floor_is_found(shape: tuple[int, int], r: int, target: Any, threads: int) -> None:
+    """The reference's float64 product may have another sign only where it is within 1e-6 of zero: none is here.
+
+    About half of the entries are below zero, and in the last shapes some rows of a strip have none.
+    """
+    b, a, scale = pair(shape, 6, 20)
+    past = Past(Product(b.abs() if shape[0] > 100 else b, a + 0.7, scale), "floored")
+    assert bool((past.product.b.double() @ past.product.a.double()).abs().min() > 1e-6)
+    asked = Reading(right=(None, normal(shape[1], r, seed=1)), target=target, past=past)
+    check(shape, asked)
+    grad, weight = normal(*shape, seed=9), normal(*shape, seed=8)
+    ours = native.sweep(grad, weight, asked, 0.0, 1.0).floor
+    theirs = native.sweep_ref(grad.double(), weight.double(), double(asked), 0.0, 1.0).floor
+    assert ours == pytest.approx(theirs, rel=1e-5) and (ours or shape == (1, 1))
+
+
+def test_gradients_and_directions_are_cut() -> None:
+    """Entries beyond the bound count as the bound; a first moment and a direction stay finite, and NaN stays NaN."""
+    shape, r = (40, 90), 3
+    grad = normal(*shape, seed=9)
+    grad[3, 4], grad[5, 80], grad[39, 0] = 1e30, -torch.inf, torch.nan
+    check(shape, reading(shape, r, bound=2.0), grad)
+    past = Past(pair(shape, r, 20), "squared")
+    infinite = Product(normal(40, 1, seed=1) * 1e30, normal(1, 90, seed=2) * 1e30)
+    for step in (Step("adam", infinite, gain=1e-20, eps=1e-30), Step("adam", pair(shape, r, 30), gain=1e30, eps=1e-3)):
+        ours, theirs = normal(*shape, seed=8), normal(*shape, seed=8)  # fp32 both: in float64 nothing overflows
+        native.sweep(grad, ours, Reading(past=past, step=step), 0.1, 0.9)
+        native.sweep_ref(grad, theirs, Reading(past=past, step=step), 0.1, 0.9)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
+        assert int(ours.isnan().sum()) == 1 and 1e16 < float(ours.nan_to_num().abs().max()) < 1e19
+
+
+@pytest.mark.parametrize("scale", [1e15, 1e25, 1e38])
+@pytest.mark.parametrize("name", ["lora-pre", "mlorc", "gossamer"])
+def test_guards_bite_where_the_tiles_do(name: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of huge gradients among others: weights are finite, and as the steps of lr 1e-3 in tiles, to fp32."""
+    weights = []
+    for library in (native.library, lambda: None):
+        monkeypatch.setattr(native, "library", library)
+        p = nn.Parameter(normal(12, 20, seed=0))
+        groups = [{"params": [p], "method": gossamer.methods()[name].cls(rank=4)}]
+        opt = gossamer.Optimizer(groups, lr=1e-3)
+        for seed in range(3):
+            p.grad = normal(12, 20, seed=seed + 1) * (scale if seed == 1 else 1.0)
+            opt.step()
+        weights.append(p.detach())
+    assert bool(weights[0].isfinite().all())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-3)
 
 
 def test_the_same_again(threads: int) -> None:

@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import nn
 
-from gossamer.bench import plots
+from gossamer.bench import naive, plots
 from gossamer.bench.page import page
 from gossamer.bench.timing import Pairs, time_pairs
 from gossamer.bench.words import MISSING
@@ -52,7 +52,7 @@ MOST_THREADS = 1024
 BYTES_A_WEIGHT = 32
 """Of two optimizers at once, each with weights, gradients and two moments in fp32."""
 
-REFERENCE, ADAMW = "reference", "adamw"
+REFERENCE, ADAMW, NAIVE = "reference", "adamw", "naive"
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,10 @@ class Rival:
 class StepBench:
     """Time the optimizer step over a model's hidden matrices, each step back to back with a rival's.
 
-    Rivals: `reference`, the method as it reads; `adamw`, torch's fused AdamW in fp32; `adamw-8bit`, torchao's, if it is
-    installed; on a GPU also `adamw-bf16`, torch's fused AdamW with weights and moments in bf16, and `adamw-bf16-fp32`,
-    ours with bf16 weights and fp32 moments. No projector is computed within a timed step.
+    Rivals: `naive`, the paper's equations with whole matrices (of six methods, on a CPU, in fp32); `reference`, the
+    method as it reads here; `adamw`, torch's fused AdamW in fp32; `adamw-8bit`, torchao's, if it is installed; on a GPU
+    also `adamw-bf16`, torch's fused AdamW with weights and moments in bf16, and `adamw-bf16-fp32`, ours with bf16
+    weights and fp32 moments. No projector is computed within a timed step.
     """
 
     methods: tuple[str, ...] = ()
@@ -105,13 +106,20 @@ class StepBench:
             raise UserError(f"threads: {self.threads} is too large; allowed: 1 to {MOST_THREADS}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device: there is no CUDA device here; allowed: cpu")
-        known = all_rivals(AdamW(), self.device, torch.float32)
+        known = [
+            *all_rivals(AdamW(), self.device, torch.float32),
+            *([NAIVE] if (self.device, self.dtype) == ("cpu", "float32") else []),
+        ]
         for name in self.rivals:
             if name not in known:
                 raise UserError(
                     f"rivals: {name!r} is not here{nearest(name, known)}; known: {', '.join(known)}, with torchao "
                     "installed adamw-8bit, on a GPU adamw-bf16 and adamw-bf16-fp32"
                 )
+        if NAIVE in self.rivals and (unwritten := sorted(set(self.methods) - set(naive.EQUATIONS))):
+            raise UserError(
+                f"rivals: {NAIVE!r} is not written for {unwritten[0]!r}; allowed methods: {', '.join(naive.EQUATIONS)}"
+            )
 
     def cases(self) -> list[Method]:
         """The methods, each at its ranks, with a projector that stays."""
@@ -200,6 +208,8 @@ def all_rivals(method: Method, device: str, dtype: torch.dtype) -> dict[str, Riv
     """By name. Each has its own dtype: `adamw` is in fp32 whatever is timed."""
     fused = partial(torch.optim.AdamW, fused=True)
     rivals = {ADAMW: Rival(fused, torch.float32), REFERENCE: Rival(partial(make_optimizer, method, REFERENCE), dtype)}
+    if device == "cpu" and dtype is torch.float32 and describe(method)["name"] in naive.EQUATIONS:
+        rivals = {NAIVE: Rival(partial(naive.Naive, method), dtype), **rivals}
     if _torchao_version() is not None:
         from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 

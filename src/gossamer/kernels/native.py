@@ -49,12 +49,17 @@ class Past:
     product: Product
     kind: Literal["plain", "squared", "floored"]
     """H is the product P, its square, or P with the entries below zero replaced by `floor`."""
-    floor: float = 0.0
+    floor: float | None = None
+    """Of "floored". None: the mean magnitude of those entries, which the reading finds; it neither steps nor has left
+    products with H then."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A direction: `gain (M + g) / (sqrt(H + g^2) + eps)` for "adam", the sign of M + g for "sign"."""
+    """A direction: `gain (M + g) / (sqrt(H + g^2) + eps)` for "adam", the sign of M + g for "sign".
+
+    For "adam" M + g is cut at the largest number, and the direction at its root.
+    """
 
     rule: Literal["adam", "sign"]
     m: Product
@@ -65,7 +70,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is done in one pass over a gradient G (m, n).
+    """What is done in one pass over a gradient G (m, n), cut to [-bound, bound].
 
     Products are taken with G itself and with a target F: |g|, g^2, or the second moment H + g^2.
     """
@@ -78,6 +83,7 @@ class Reading:
     past: Past | Tensor | None = None
     """H, where "adam" or "second" ask for it. A tensor is H itself; a step makes it H + g^2, and `sweep` refuses it."""
     step: Step | None = None
+    bound: float = torch.inf
 
 
 class Products(NamedTuple):
@@ -87,6 +93,8 @@ class Products(NamedTuple):
     """(m, k)."""
     left: tuple[Any, Any]
     """(k, n)."""
+    floor: float | None = None
+    """Where it was to be found."""
 
 
 def sweep_ref(grad: Tensor, weight: Tensor, reading: Reading, rate: float, decay: float) -> Products:
@@ -95,14 +103,18 @@ def sweep_ref(grad: Tensor, weight: Tensor, reading: Reading, rate: float, decay
     Args:
         grad, weight: (m, n), fp32, contiguous, on a CPU; as all tensors of the reading, which may have any strides.
     """
-    second, square = None, grad.square()
+    grad = grad.clamp(-reading.bound, reading.bound)
+    second, square, floor = None, grad.square(), None
     if reading.past is not None:
         assert not isinstance(reading.past, Tensor)
         past = _multiplied(reading.past.product)
         if reading.past.kind == "squared":
             past = past.square()
         elif reading.past.kind == "floored":
-            past = torch.where(past < 0, reading.past.floor, past)
+            below = past < 0
+            known = reading.past.floor
+            floor = -float(past[below].sum()) / max(int(below.sum()), 1) if known is None else known
+            past = torch.where(below, floor, past)
         second = past + square
     sources: Any = grad, {"magnitude": grad.abs(), "square": square, "second": second, None: None}[reading.target]
     products = Products(
@@ -111,9 +123,13 @@ def sweep_ref(grad: Tensor, weight: Tensor, reading: Reading, rate: float, decay
     )
     if (step := reading.step) is not None:
         m = _multiplied(step.m) + grad
-        direction = m.sign() if second is None or step.rule == "sign" else step.gain * m / (second.sqrt() + step.eps)
+        most = torch.finfo(weight.dtype).max
+        if second is None or step.rule == "sign":
+            direction = m.sign()
+        else:
+            direction = (m.clamp(-most, most) / (second.sqrt() + step.eps) * step.gain).clamp(-(most**0.5), most**0.5)
         weight.mul_(decay).sub_(direction, alpha=rate)
-    return products
+    return products._replace(floor=None if reading.past is None or reading.past.floor is not None else floor)
 
 
 def sweep(
@@ -128,41 +144,32 @@ def sweep(
     assert not isinstance(past, Tensor)
     right = _pair(None if x is None else x.new_empty(m, x.shape[1]) for x in reading.right)
     left = _pair(None if y is None else y.new_empty(y.shape[1], n) for y in reading.left)
-    of = _arguments(m, n, past.product if past else None, alive)
+    of = Arguments(m=m, n=n, threads=torch.get_num_threads(), bound=reading.bound)
     of.grad, of.weight = _address(grad), _address(weight)
     of.target = ("magnitude", "square", "second").index(reading.target) + 1 if reading.target else 0
     for i in range(2):
         of.right[i] = _columns(reading.right[i], right[i])
         of.left[i] = _rows(reading.left[i], alive, left[i])
     if past is not None:
-        of.past, of.floor = ("plain", "squared", "floored").index(past.kind), past.floor
+        of.v_b, of.v_a = _factors(past.product, alive)
+        of.past, of.floor = ("plain", "squared", "floored").index(past.kind), past.floor or 0.0
     if step is not None:
         of.m_b, of.m_a = _factors(step.m, alive)
-        of.rule, of.rate, of.eps = ("adam", "sign").index(step.rule) + 1, rate * step.gain, step.eps
-        of.decay = decay
+        of.rule, of.rate, of.decay = ("adam", "sign").index(step.rule) + 1, rate, decay
+        of.gain, of.eps = step.gain, step.eps
+    below, below_right = (c_double * 2)(), None
+    find = past is not None and past.kind == "floored" and past.floor is None
+    if find:
+        assert step is None and (reading.target != "second" or left[1] is None)
+        below_right = torch.empty_like(right[1]) if reading.target == "second" else None
+        of.below, of.below_right = ctypes.addressof(below), _address(below_right)
     _run(of, buffer)
     if step is not None:
         torch.autograd.graph.increment_version(weight)  # as torch's own operators do that write
-    return Products(right, left)
-
-
-def below_ref(product: Product) -> tuple[float, int]:
-    """The sum of the magnitudes of the product's entries below zero, and their number.
-
-    Args:
-        product: of fp32 factors on a CPU, of any strides.
-    """
-    past = _multiplied(product)
-    return -float(past.clamp_max(0).sum()), int((past < 0).sum())
-
-
-def below(product: Product, buffer: Buffer = torch.empty) -> tuple[float, int]:
-    """`below_ref` by the library; it counts those entries that `sweep` takes for negative."""
-    alive: list[Tensor] = []
-    of, found = _arguments(len(product.b), product.a.shape[1], product, alive), (c_double * 2)()
-    of.below = ctypes.addressof(found)
-    _run(of, buffer)
-    return found[0], int(found[1])
+    floor = below[0] / max(below[1], 1) if find else None
+    if below_right is not None and floor:
+        right[1].add_(below_right, alpha=floor)
+    return Products(right, left, floor)
 
 
 class Thin(Structure):
@@ -187,8 +194,8 @@ class Arguments(Structure):
         *((name, Thin) for name in ("m_b", "m_a", "v_b", "v_a")),
         *((name, Thin * 2) for name in ("right", "left")),
         *((name, c_int32) for name in ("past", "target", "rule")),
-        *((name, c_float) for name in ("floor", "decay", "rate", "eps")),
-        *((name, c_void_p) for name in ("below", "scratch")),
+        *((name, c_float) for name in ("bound", "floor", "decay", "rate", "gain", "eps")),
+        *((name, c_void_p) for name in ("below", "below_right", "scratch")),
     )
 
 
@@ -223,13 +230,6 @@ def _rows(y: Tensor | None, alive: list[Tensor], out: Tensor | None = None) -> T
 
 def _factors(product: Product, alive: list[Tensor]) -> tuple[Thin, Thin]:
     return _rows(product.b, alive), _columns(product.a.mT, scale=product.scale)
-
-
-def _arguments(m: int, n: int, past: Product | None, alive: list[Tensor]) -> Arguments:
-    of = Arguments(m=m, n=n, threads=torch.get_num_threads())
-    if past is not None:
-        of.v_b, of.v_a = _factors(past, alive)
-    return of
 
 
 def _run(of: Arguments, buffer: Buffer) -> None:

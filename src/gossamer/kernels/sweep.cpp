@@ -10,6 +10,7 @@
 //
 // GCC's and Clang's vector extensions; no header of torch's, no intrinsic, so any processor they compile for.
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -19,6 +20,7 @@ namespace {
 
 typedef float Vector __attribute__((vector_size(64)));
 typedef float Half __attribute__((vector_size(32)));
+typedef int32_t Mask __attribute__((vector_size(64)));
 typedef int64_t Long;
 
 constexpr int LANES = 16;
@@ -27,6 +29,7 @@ constexpr int PANEL = 256;          // columns of a panel: four strips
 constexpr int PITCH = PANEL + 16;   // of a block in memory: no power of two, whose rows would share a few cache lines
 constexpr int BLOCK = 96;           // rows of a block at most: a multiple of every ROWS below
 constexpr int AHEAD = 4;            // rows: a panel of one is too short for the hardware to foresee the next
+constexpr float DIRECTION_BOUND = 0x1p64f;  // the root of the largest number, as `rules.cut_direction_` has it
 constexpr int ROWS[] = {0, 12, 12, 8, 6};  // rows of C in registers, by its vectors: 12 to 24 of 32 registers
 
 enum Past : int32_t { PLAIN, SQUARED, FLOORED };
@@ -46,13 +49,16 @@ struct Thin {
 // Mirrored by `native.Arguments`.
 struct Arguments {
     Long m, n, threads;
-    const float *grad;  // (m, n), or null: only `below` is found
+    const float *grad;  // (m, n)
     float *weight;      // (m, n)
     Thin m_b, m_a, v_b, v_a;
     Thin right[2], left[2];  // of the gradient and of the target
     int32_t past, target, rule;
-    float floor, decay, rate, eps;
-    double *below;  // (2), or null: sum of the magnitudes of the negative entries of the history's B A, and their number
+    float bound, floor, decay, rate, gain, eps;
+    // If the floor is to be found, these are written, and the floor is taken for zero: the sum of the magnitudes of the
+    // negative entries of the history's B A and their number; and, (m, k), the product of their places, as ones, with X.
+    double *below;
+    float *below_right;
     float *scratch;
 };
 
@@ -60,8 +66,22 @@ namespace {
 
 inline Long up(Long x, Long to) { return (x + to - 1) / to * to; }
 
+inline bool any(Mask mask) {
+    Long parts[sizeof mask / sizeof(Long)], bits = 0;
+    memcpy(parts, &mask, sizeof mask);
+    for (Long part : parts)
+        bits |= part;
+    return bits != 0;
+}
+
 // Numbers that a packed X has in a row: whole vectors, or half of one.
 inline Long packed(Long k) { return k <= LANES / 2 ? LANES / 2 : up(k, LANES); }
+
+// To [-bound, bound]; NaN stays.
+inline float cut(float x, float bound) {
+    x = x > bound ? bound : x;
+    return x < -bound ? -bound : x;
+}
 
 template <class V> inline V load(const float *from) {
     V x;
@@ -171,7 +191,7 @@ void pack_columns(const Thin &thin, Long n, float *to) {
 
 // The places of everything in the scratch, in numbers.
 struct Layout {
-    Long strips, m_a, v_a, x[2], shared, y[2], block, found[2], own;
+    Long strips, m_a, v_a, x[2], shared, y[2], block, found[3], own;
 
     explicit Layout(const Arguments &of) {
         strips = up(of.n, STRIP) / STRIP;
@@ -192,6 +212,7 @@ struct Layout {
         block = place(2 * BLOCK * PITCH);
         for (int i = 0; i < 2; i++)
             found[i] = place(of.right[i].k ? BLOCK * packed(of.right[i].k) : 0);
+        found[2] = place(of.below_right ? BLOCK * packed(of.right[1].k) : 0);
         own = at;
     }
 };
@@ -206,18 +227,21 @@ struct Worker {
     const float *shared;
     float *own;
     Below below;
+    Long top = 0;  // row of the block at hand
 
     float *block(int i) const { return own + at.block + i * BLOCK * PITCH; }
 
-    // Rows of the gradient, and their magnitude or square where that is the target.
+    // Rows of the gradient, cut, and their magnitude or square where that is the target.
     void read(Long row, Long rows, Long column, Long width) {
         Long padded = up(width, LANES);
+        const float bound = of.bound;
         for (Long i = 0; i < rows; i++) {
             const float *from = of.grad + (row + i) * of.n + column;
             float *g = block(0) + i * PITCH, *f = block(1) + i * PITCH;
             for (Long j = 0; j < width; j += LANES)
                 __builtin_prefetch(from + AHEAD * of.n + j);
-            memcpy(g, from, width * sizeof(float));
+            for (Long j = 0; j < width; j++)
+                g[j] = cut(from[j], bound);
             for (Long j = width; j < padded; j++)
                 g[j] = 0.0f;
             if (of.target == MAGNITUDE)
@@ -229,30 +253,42 @@ struct Worker {
         }
     }
 
-    void count_below(Long numbers, const float *history) {
-        Vector sum{}, count{};
-        for (Long i = 0; i < numbers; i += LANES) {
-            Vector x = load<Vector>(history + i);
-            sum -= x < 0.0f ? x : Vector{};
-            count += x < 0.0f ? Vector{} + 1.0f : Vector{};
-        }
-        for (int i = 0; i < LANES; i++) {
-            below.sum += sum[i];
-            below.count += count[i];
-        }
+    // Entries below zero in a row of a strip of the history's B A are counted and made zero. They are few, so that what
+    // they select of X is added row by row. `found` is the row's place in the product.
+    void take_below(Long width, Long column, float *history, float *found) {
+        Mask some{};
+        for (Long j = 0; j < width; j += LANES)
+            some |= load<Vector>(history + j) < 0.0f;
+        if (!any(some))
+            return;
+        const Long k = of.right[1].k, wide = packed(k);
+        for (Long j = 0; j < width; j++)
+            if (history[j] < 0.0f) {
+                below.sum -= history[j];
+                below.count++;
+                history[j] = 0.0f;
+                for (Long start = 0; of.below_right && start < k; start += STRIP) {
+                    Long part = wide - start < STRIP ? wide - start : STRIP;
+                    const float *x = shared + at.x[1] + start * of.n + (column + j) * part;
+                    for (Long i = 0; i < part; i++)
+                        found[start + i] += x[i];
+                }
+            }
     }
 
     inline __attribute__((always_inline)) void row_step(Long width, float *w, const float *g, const float *m,
                                                         const float *h) const {
-        const float decay = of.decay, rate = of.rate, eps = of.eps;
+        const float decay = of.decay, rate = of.rate, gain = of.gain, eps = of.eps;
         if (of.rule == SIGN)
             for (Long j = 0; j < width; j++) {
                 float x = m[j] + g[j];
                 w[j] = decay * w[j] - rate * (float(x > 0.0f) - float(x < 0.0f));
             }
         else
-            for (Long j = 0; j < width; j++)
-                w[j] = decay * w[j] - rate * (m[j] + g[j]) / (sqrtf(h[j] + g[j] * g[j]) + eps);
+            for (Long j = 0; j < width; j++) {
+                float x = cut(m[j] + g[j], FLT_MAX) / (sqrtf(h[j] + g[j] * g[j]) + eps);
+                w[j] = decay * w[j] - rate * cut(gain * x, DIRECTION_BOUND);
+            }
     }
 
     // A few rows of one strip: both moments out of their factors, and what depends on them.
@@ -272,7 +308,7 @@ struct Worker {
         for (Long i = 0; i < rows; i++) {
             float *past = h + i * STRIP;
             if (of.below)
-                count_below(width, past);
+                take_below(width, strip * STRIP, past, own + at.found[2] + (row + i - top) * packed(of.right[1].k));
             if (of.past == SQUARED)
                 for (int j = 0; j < width; j++)
                     past[j] *= past[j];
@@ -322,8 +358,7 @@ struct Worker {
     }
 
     void panel(Long row, Long rows, Long column, Long width) {
-        if (of.grad)
-            read(row, rows, column, width);
+        read(row, rows, column, width);
         if (of.below || of.rule != NONE || of.target == SECOND)
             for (Long j = 0; j < width; j += STRIP) {
                 Long inside = width - j < STRIP ? width - j : STRIP, strip = (column + j) / STRIP;
@@ -337,21 +372,25 @@ struct Worker {
         }
     }
 
+    // A block's rows of a right product.
+    void put(float *out, Long k, Long found, Long rows) {
+        for (Long r = 0; out && r < rows; r++)
+            memcpy(out + (top + r) * k, own + found + r * packed(k), k * sizeof(float));
+    }
+
     void rows(Long first, Long last) {
         for (int i = 0; i < 2; i++)
             memset(own + at.y[i], 0, at.strips * STRIP * of.left[i].k * sizeof(float));
         Long blocks = (last - first + BLOCK - 1) / BLOCK;
         for (Long b = 0; b < blocks; b++) {
             Long row = first + (last - first) * b / blocks, rows = first + (last - first) * (b + 1) / blocks - row;
-            for (int i = 0; i < 2; i++)
-                if (of.right[i].k)
-                    memset(own + at.found[i], 0, rows * packed(of.right[i].k) * sizeof(float));
+            top = row;
+            memset(own + at.found[0], 0, (at.own - at.found[0]) * sizeof(float));
             for (Long column = 0; column < of.n; column += PANEL)
                 panel(row, rows, column, of.n - column < PANEL ? of.n - column : PANEL);
             for (int i = 0; i < 2; i++)
-                for (Long r = 0; of.right[i].k && r < rows; r++)
-                    memcpy(of.right[i].out + (row + r) * of.right[i].k,
-                           own + at.found[i] + r * packed(of.right[i].k), of.right[i].k * sizeof(float));
+                put(of.right[i].out, of.right[i].k, at.found[i], rows);
+            put(of.below_right, of.right[1].k, at.found[2], rows);
         }
     }
 };

@@ -35,6 +35,15 @@ def frame(state: State, name: str, generator: torch.Generator) -> Tensor:
     return orthonormalize(torch.where((a != 0).any(), a, gaussian).mT).mT
 
 
+def frames(state: State, names: Sequence[str], generator: torch.Generator) -> list[Tensor]:
+    """`frame` of each of the named moments, on a CPU, where nothing is drawn that is not used."""
+    rows = [state[f"{name}_A"] for name in names]
+    if not all(map(largest, rows)):
+        fresh = [torch.randn(a.shape, dtype=a.dtype, device=a.device, generator=generator) for a in rows]
+        rows = [a if largest(a) else gaussian for a, gaussian in zip(rows, fresh, strict=True)]
+    return [orthonormalize(a.mT).mT for a in rows]
+
+
 def follow(b: Tensor, a: Tensor, w: Tensor, target: Tensor, decay: float, rows: Rows = HERE) -> tuple[Tensor, Tensor]:
     """One warm-started subspace iteration on `decay B A + (1 - decay) target`, which is never formed.
 
@@ -71,6 +80,10 @@ class Damped(NamedTuple):
         """`y (X^T X + lambda I)^{-1}`, (k, r), of a y that is a product with X; zero where X is."""
         return (y / self.size @ self.inverse).div_(self.size)
 
+    def solve_left(self, y: Tensor) -> Tensor:
+        """`(X^T X + lambda I)^{-1} y`, (r, k)."""
+        return (self.inverse @ (y / self.size)).div_(self.size)
+
 
 def damped(xs: Sequence[Tensor], damping: float, *, relative: bool) -> list[Damped]:
     """`Damped` of tall matrices of one width, factorised in one call."""
@@ -86,7 +99,7 @@ def damped(xs: Sequence[Tensor], damping: float, *, relative: bool) -> list[Damp
 
 
 def _ends(x: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = x.aminmax()
+    low, high = (x if x.is_contiguous() else x.mT).aminmax()  # of a transposed view it is five times as slow
     return -low, high
 
 

@@ -158,31 +158,17 @@ class Sweep:
         """The largest magnitude in the gradient; NaN if there is a NaN."""
         return factors.largest(self.grad)
 
-    def read(self, reading: Reading, bound: float = torch.inf) -> Products:
-        """Do what the reading says with the gradient cut to [-bound, bound]."""
-        step, past = reading.step, reading.past
-        calm = step is None or self._is_calm(step, past)
-        own = step is None or self._is_own()
-        if calm and own and self._is_compiled(bound) and not isinstance(past, Tensor):
+    def read(self, reading: Reading) -> Products:
+        """Do what the reading says."""
+        if self._is_compiled() and not isinstance(reading.past, Tensor) and (reading.step is None or self._is_own()):
             write = self.write
             return native.sweep(self.grad, write.weight, reading, float(write.lr), write.decay, self._numbers)
-        return self._read_by_rows(reading, bound, calm)
+        return self._read_by_rows(reading)
 
-    def mean_below(self, past: Product) -> float:
-        """The mean magnitude of the product's entries below zero."""
-        if self._is_compiled(torch.inf):
-            total, count = native.below(past, self._numbers)
-            return total / max(count, 1)
-        total = count = 0.0
-        for rows in self.rows():
-            below = _rows_of(past, rows).clamp_max_(0)
-            total, count = total - float(below.sum()), count - float(below.sign_().sum())
-        return total / max(count, 1)
-
-    def _is_compiled(self, bound: float) -> bool:
+    def _is_compiled(self) -> bool:
         """Whether the compiled sweep can take the gradient as it is."""
-        fits = self.dtype is torch.float32 and self.grad.device.type == "cpu" and not self.negate
-        return fits and native.library() is not None and self._is_plain(bound)
+        fits = self.dtype is self.grad.dtype is torch.float32 and self.grad.device.type == "cpu" and not self.negate
+        return fits and self.grad.is_contiguous() and native.library() is not None
 
     def _is_own(self) -> bool:
         """Whether the weight can be written in place, and nobody looks."""
@@ -205,13 +191,16 @@ class Sweep:
     def _numbers(self, count: int) -> Tensor:
         return self.scratch.take("sweep", (1, count), self.dtype, self.grad.device)
 
-    def _read_by_rows(self, reading: Reading, bound: float, calm: bool) -> Products:
+    def _read_by_rows(self, reading: Reading) -> Products:
         (x, target_x), (y, target_y) = reading.right, reading.left
-        target, past, step = reading.target, reading.past, reading.step
+        target, past, step, bound = reading.target, reading.past, reading.step, reading.bound
+        calm = step is None or self._is_calm(step, past)
+        find = isinstance(past, Past) and past.kind == "floored" and past.floor is None
         right = None if x is None else self.right(x, bound)
         left = None if y is None else self.left(y, bound)
         target_right = None if target_x is None else target_x.new_empty(self.shape[0], target_x.shape[1])
         target_left = None if target_y is None else target_y.new_zeros(target_y.shape[1], self.shape[1])
+        below = _Below(target_x, target_right if target == "second" else None) if find else None
 
         def project(rows: slice, tile: Tensor) -> None:
             if target_x is not None and target_right is not None:
@@ -226,11 +215,13 @@ class Sweep:
                 project(rows, grad.abs() if target == "magnitude" else grad.square())
             if step is not None and not adam:
                 self.descend(rows, _rows_of(step.m, rows).add_(grad).sign_())
-            if adam or target == "second":
+            if adam or target == "second" or below is not None:
                 v = self._past(rows, past)
+                if below is not None:
+                    below.take_(rows, v)
                 if step is not None and adam:
                     self._step(rows, grad, _rows_of(step.m, rows), v, step, calm)
-                else:
+                elif target == "second":
                     v.addcmul_(grad, grad)
                 if target == "second":
                     project(rows, v)
@@ -241,7 +232,7 @@ class Sweep:
             for half in (past, *((target_right, target_left) if target == "second" else ())):
                 if isinstance(half, Tensor):
                     half.mul_(2)
-        return Products((right, target_right), (left, target_left))
+        return Products((right, target_right), (left, target_left), below.floor_(target_right) if below else None)
 
     def _past(self, rows: slice, past: Past | Tensor | None) -> Tensor:
         """These rows of the remembered second moment, to be written to."""
@@ -251,7 +242,7 @@ class Sweep:
         tile = _rows_of(past.product, rows)
         if past.kind == "squared":
             tile.square_()
-        elif past.kind == "floored":  # what is not above minus the smallest number is negative
+        elif past.floor is not None:  # what is not above minus the smallest number is negative
             threshold_(tile, -SMALLEST[self.dtype], past.floor)
         return tile
 
@@ -350,6 +341,36 @@ class Sweep:
         m.mul_(0.5)
         v.mul_(0.5)
         return rules.cut_direction_(direction.mul_(step.gain))
+
+
+class _Below:
+    """What is below zero in a history P that goes by in tiles.
+
+    Args:
+        x: what the floored P is multiplied by from the right, into
+        right: (m, k); None if it is not.
+    """
+
+    def __init__(self, x: Tensor | None, right: Tensor | None) -> None:
+        self.x, self.sum, self.count = x, 0.0, 0.0
+        self.right = None if right is None else torch.zeros_like(right)
+
+    def take_(self, rows: slice, tile: Tensor) -> None:
+        """Count these rows' entries below zero, and make them zero."""
+        below = tile.clamp_max(0)
+        tile.clamp_min_(0)
+        self.sum -= float(below.sum())
+        number = -float(below.sign_().sum())
+        self.count += number
+        if self.right is not None and self.x is not None and number:
+            self.right[rows] = product(below.neg_(), self.x)
+
+    def floor_(self, right: Tensor | None) -> float:
+        """The mean magnitude, which is put where those entries were: into the product."""
+        floor = self.sum / max(self.count, 1)
+        if self.right is not None and right is not None and self.count:
+            right.add_(self.right, alpha=floor)
+        return floor
 
 
 def _rows_of(thin: Product, rows: slice) -> Tensor:

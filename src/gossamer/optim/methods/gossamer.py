@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import UserError
-from gossamer.kernels.native import Past, Product, Reading, Step
+from gossamer.kernels.native import Past, Product, Products, Reading, Step
 from gossamer.optim import factors, rules, stores
 from gossamer.optim.batch import Batch, fits
 from gossamer.optim.contract import (
@@ -87,12 +87,13 @@ class Tracker:
         """
         b, a, tail = sweep.state["m_B"], sweep.state["m_A"], self.tail * (mass - own)
         bound = rules.gradient_bound(sweep.dtype, sweep.grad.numel())
-        one = Reading(right=(w.mT, None), left=(b, None))
-        (inside, v_inside), (known, v_below) = sweep.read(second.first(one) if second else one, bound)
+        one = Reading(right=(w.mT, None), left=(b, None), bound=bound)
+        found = sweep.read(second.first(one) if second else one)
+        inside, known = found.right[0], found.left[0]
         new_b = factors.followed_b(b, a, w, inside, decay)
         thin = torch.cat([past * a - tail * (known - (known @ w.mT) @ w), -tail * w]).div_(own + tail)
-        two = Reading(left=(new_b, None), step=step(Product(torch.cat([b, inside], 1), thin)))
-        below, v_below = sweep.read(second.last(two, v_inside, v_below) if second else two, bound).left
+        two = Reading(left=(new_b, None), step=step(Product(torch.cat([b, inside], 1), thin)), bound=bound)
+        below, v_below = sweep.read(second.last(two, found) if second else two).left
         new_a = factors.followed_a(new_b, b, a, below, decay)
         factors.put_(sweep.state, m=(new_b, new_a), **(second.new(v_below) if second else {}))
 
@@ -197,7 +198,9 @@ class Gossamer(Tracker):
         beta1, own = self.betas[0], 1 - self.betas[0]
         for sweep in sweeps:
             mass = 1 - beta1**sweep.context.m_step
-            w, second = factors.frame(sweep.state, "m", sweep.context.generator), Second(self, sweep)
+            names = ("m", "v") if self.second in ("square", "absolute") else ("m",)
+            w, *v_w = factors.frames(sweep.state, names, sweep.context.generator)
+            second = Second(self, sweep, *v_w)
             # the direction is gain (m + g) / (sqrt(v + g^2) + eps)
             gain = (own + self.tail * (mass - own)) / mass
             step = partial(Step, "adam", gain=gain * second.spread, eps=self.eps * second.spread)
@@ -231,7 +234,7 @@ class Gossamer(Tracker):
 class Second:
     """The second moment of a step that reads the gradient twice, on a CPU."""
 
-    def __init__(self, method: Gossamer, sweep: Sweep) -> None:
+    def __init__(self, method: Gossamer, sweep: Sweep, *w: Tensor) -> None:
         self.kind, self.beta2, self.state = method.second, method.betas[1], sweep.state
         state, ctx = sweep.state, sweep.context
         own, before = (1 - self.beta2) / (1 - self.beta2**ctx.v_step), max(ctx.v_step - 1, 1)
@@ -247,30 +250,34 @@ class Second:
         elif self.kind == "dense":
             self.past = state["v"].mul_(past)
         else:
-            self.w = factors.frame(state, "v", ctx.generator)
+            (self.w,) = w
             self.x, self.y = self.w.mT, None
             if self.kind == "absolute":
                 self.past = Past(Product(state["v_B"], state["v_A"], past**0.5), "squared")
             else:
-                v = Product(state["v_B"], state["v_A"], past)
-                self.past = Past(v, "floored", sweep.mean_below(v))
+                self.past = Past(Product(state["v_B"], state["v_A"], past), "floored")
 
     def first(self, reading: Reading) -> Reading:
         """The first reading of the gradient, and what it is to find for this moment."""
         if self.kind == "dense":
             return reading
-        target = "magnitude" if self.kind == "absolute" else "square"
-        return replace(reading, target=target, right=(reading.right[0], self.x), left=(reading.left[0], self.y))
+        reading = replace(reading, right=(reading.right[0], self.x), left=(reading.left[0], self.y))
+        if self.kind == "square":  # whose floor is to be known before the last one
+            reading = replace(reading, past=self.past)
+        return replace(reading, target="magnitude" if self.kind == "absolute" else "square")
 
-    def last(self, reading: Reading, inside: Any, below: Any) -> Reading:
-        """The last one, after the first found `inside` and `below`."""
-        reading = replace(reading, past=self.past)
+    def last(self, reading: Reading, found: Products) -> Reading:
+        """The last one, after what the first found."""
+        if isinstance(self.past, Past) and found.floor is not None:
+            self.past = replace(self.past, floor=found.floor)
+        reading, inside = replace(reading, past=self.past), found.right[1]
         if self.kind == "rows-columns":
-            self.rows, self.columns = inside[:, 0], below[0]
+            self.rows, self.columns = inside[:, 0], found.left[1][0]
         if self.kind in ("rows-columns", "dense"):
             return reading
         self.b = factors.followed_b(self.state["v_B"], self.state["v_A"], self.w, inside, self.decay)
-        return replace(self.first(reading), right=(None, None), left=(reading.left[0], self.b))
+        target = "magnitude" if self.kind == "absolute" else "square"
+        return replace(reading, target=target, left=(reading.left[0], self.b))
 
     def new(self, below: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """New factors to keep; what else there is is kept here."""
@@ -319,8 +326,8 @@ class GossamerLion(Tracker):
         beta1, beta2 = self.betas
         for sweep in sweeps:
             mass = 1 - beta1 * beta2 ** (sweep.context.m_step - 1)
-            w, step = factors.frame(sweep.state, "m", sweep.context.generator), partial(Step, "sign")
-            self.follow_(sweep, w, past=beta1, own=1 - beta1, mass=mass, decay=beta2, step=step)
+            (w,) = factors.frames(sweep.state, ("m",), sweep.context.generator)
+            self.follow_(sweep, w, past=beta1, own=1 - beta1, mass=mass, decay=beta2, step=partial(Step, "sign"))
 
     def can_launch(self, param: Tensor) -> bool:
         return fits(param, min(self.rank, *param.shape))

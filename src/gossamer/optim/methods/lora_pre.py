@@ -107,7 +107,7 @@ class Fit:
     def solve_(self) -> bool:
         """Whether the product of the new factors is finite, bounded as `factors.keep_` does."""
         assert self.left is not None
-        self.inside, self.below = self.right.solve(self.inside), self.left.solve(self.below.mT).mT
+        self.inside, self.below = self.right.solve(self.inside), self.left.solve_left(self.below)
         b, a = (
             (1 - self.gamma) * factors.largest(old) + self.gamma * factors.largest(target)
             for old, target in ((self.b, self.inside), (self.a, self.below))
@@ -199,9 +199,10 @@ class LoRAPre(Regression):
             self._sweep(sweep, m, v)
             if sequential:
                 self._sweep_again(sweep, m, v)
+            silent = float(v.inside[0, 0]) == 0 and sweep.largest == 0  # one number answers for most gradients
             if m.solve_() and v.solve_():  # all or none, as `factors.keep_`
-                m.keep_(sweep.largest == 0)
-                v.keep_(sweep.largest == 0)
+                m.keep_(silent)
+                v.keep_(silent)
 
     def _sweep(self, sweep: Sweep, m_fit: Fit, v_fit: Fit) -> None:
         """Descend by the old factors, and take products with them."""
@@ -218,7 +219,7 @@ class LoRAPre(Regression):
                 step=Step("adam", Product(m_fit.b, m_fit.a, beta1 / (1 - beta1)), gain, self.eps / own**0.5),
             )
         )
-        (m_fit.inside, v_fit.inside), (m_fit.below, v_fit.below) = found
+        (m_fit.inside, v_fit.inside), (m_fit.below, v_fit.below), _ = found
 
     def _sweep_again(self, sweep: Sweep, m_fit: Fit, v_fit: Fit) -> None:
         """Take products with the new B."""

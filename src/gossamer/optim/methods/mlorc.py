@@ -92,14 +92,14 @@ class Compression:
         batch.keep_(**{name: (q[name], b[name]) for name in q})
 
 
-@dataclass(frozen=True)
+@dataclass
 class Swept:
     """MLorc's moments, `decay B A + (1 - decay) g` and `(1 - v_decay) (H + g^2)`, by their thin products alone."""
 
     sweep: Sweep
     decay: float
     v: Past | None = None
-    """H, or None where there is no second moment."""
+    """H, or None where there is no second moment. The first `right` finds its floor."""
     v_decay: float = 0.0
 
     def right(self, xs: Sequence[Tensor]) -> list[Tensor]:
@@ -115,7 +115,10 @@ class Swept:
     def _read(self, reading: Reading) -> Products:
         bound = rules.gradient_bound(self.sweep.dtype, self.sweep.grad.numel())
         target = None if self.v is None else "second"
-        return self.sweep.read(replace(reading, target=target, past=self.v), bound)
+        found = self.sweep.read(replace(reading, target=target, past=self.v, bound=bound))
+        if self.v is not None and found.floor is not None:
+            self.v = replace(self.v, floor=found.floor)
+        return found
 
     def _blend(self, found: tuple[Tensor, Tensor | None], past: Tensor) -> list[Tensor]:
         own, second = found
@@ -183,7 +186,7 @@ class MLorc(Compression):
             )
             spread = ((1 - beta2**ctx.v_step) / (1 - beta2)) ** 0.5
             step = Step("adam", m, (1 - beta1) / (1 - beta1**ctx.m_step) * spread, self.eps * spread)
-            self.compress_(Swept(sweep, beta1, Past(v, "floored", sweep.mean_below(v)), beta2), step)
+            self.compress_(Swept(sweep, beta1, Past(v, "floored"), beta2), step)
 
     def can_launch(self, param: Tensor) -> bool:
         # an eps of nothing would show that the hardware's root flushes tiny numbers to zero
