@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -46,9 +47,17 @@ th:first-child, td:first-child, .plain td, .plain th { text-align: left; }
 .results thead tr + tr th { padding-left: 8px; text-align: right; }
 .results th { white-space: normal; }
 .results tbody th { position: sticky; left: 0; background: var(--page); color: var(--ink); white-space: nowrap; }
-.results tbody tr:first-child .perplexity:not(.ratio) { font-weight: 650; }
+.ranked tbody tr:first-child .perplexity:not(.ratio) { font-weight: 650; }
 td small { display: block; color: var(--quiet); }
-.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 9px; }
+.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 9px; flex: none; }
+.dot:not(.circle) { border-radius: 0; width: 12px; height: 12px; margin-right: 7px; }
+.diamond { clip-path: polygon(50% 0, 100% 50%, 50% 100%, 0 50%); }
+.square { clip-path: inset(1px); }
+.triangle-up { clip-path: polygon(50% 0, 100% 100%, 0 100%); }
+.triangle-down { clip-path: polygon(0 0, 100% 0, 50% 100%); }
+.pentagon { clip-path: polygon(50% 0, 100% 38%, 82% 100%, 18% 100%, 0 38%); }
+.legend { list-style: none; margin: 8px 0 0; padding: 0; font-size: 0.875rem; display: flex; flex-wrap: wrap;
+  gap: 2px 18px; }
 summary { cursor: pointer; font-size: 0.95rem; font-weight: 620; margin: 36px 0 8px; }
 .plot { height: 460px; margin-top: 12px; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 0 40px; }
@@ -266,6 +275,11 @@ def library_text() -> str:
     from plotly.offline import get_plotlyjs
 
     return get_plotlyjs()
+
+
+def prose(text: str) -> str:
+    """As markup: what stands in backticks is code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def shown_for(facets: Facets) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from html import escape
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gossamer.bench import plots, words
+from gossamer.bench.again import command
 from gossamer.bench.page import SAVE, Page, Rows, filters, plain_table, shown_for, table_row
 from gossamer.bench.plots import Figure, Style
 from gossamer.bench.reading import BASELINE, Method, Published, Run, as_facts, baseline, facets_of, facets_of_row
@@ -81,12 +83,12 @@ def runs_page(
         "rates": plots.rates(methods, styles),
         **{it.id: it.draw(rows) for it in OF_ROWS},
     }
-    drawn = {name: figure for name, figure in figures.items() if figure}
+    drawn = _with_own_legends(figures)
     diagnosed = plots.diagnostics(methods, styles)
     facets = [facets_of([run]) for run in runs]
     body = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{summary(methods)}</p>', *filters(facets), SAVE]
     body += [*_results(methods, runs, styles, link), *_costs(methods, styles, link), *_published(published)]
-    body += [_plot(name, _key(methods, styles) if name == "loss" else "") for name in drawn]
+    body += [_plot(name, methods, styles) for name in drawn]
     body += [*_diagnostics(methods, styles, list(diagnosed)), *_pictures(pictures), *_details(runs)]
     return Page(title, body, drawn | diagnosed, Rows(name, rows, facets))
 
@@ -102,7 +104,7 @@ def method_page(name: str, about: Iterable[str], found: list[tuple[str, Method, 
     runs = [run for method in of_tables for run in method.runs]
     styles = plots.styles_of(of_tables)
     figures = {"loss": plots.loss(of_tables, styles), "rates": plots.rates(of_tables, styles)}
-    drawn = {key: figure for key, figure in figures.items() if figure}
+    drawn = _with_own_legends(figures)
     diagnosed = plots.diagnostics(of_tables, styles)
     facets = [facets_of([run]) for run in runs]
     body = [f"<h1>{escape(name)}</h1>", *about]
@@ -114,7 +116,7 @@ def method_page(name: str, about: Iterable[str], found: list[tuple[str, Method, 
         ]
         lines = [(head, method, among) for head, (_, method, among) in zip(heads, found, strict=True)]
         body += [*results_table(lines, "Table"), *_costs(of_tables, styles, escape)]
-    body += [_plot(key, _key(of_tables, styles) if key == "loss" else "") for key in drawn]
+    body += [_plot(key, of_tables, styles) for key in drawn]
     body += [*_diagnostics(of_tables, styles, list(diagnosed)), *(_details(runs) if found else ())]
     return Page(name, body, drawn | diagnosed, Rows(re.sub(r"\W+", "-", name), [run.row for run in runs], facets))
 
@@ -125,7 +127,8 @@ def rows_page(title: str, rows: list[dict[str, Any]], *, name: str = "rows", pic
     facts = [as_facts(row) for row in rows]
     lead = f"{words.plural(len(rows), 'row')} of measurements. A long value is cut here and whole in the CSV."
     body = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{lead}</p>', *filters(facets), SAVE, *_pictures(pictures)]
-    names = list(dict.fromkeys(name for row in facts for name in row))
+    found = Counter(name for row in facts for name in row)
+    names = sorted(found, key=lambda name: -found[name])  # what all rows have first, else in order of appearance
     common = {name: facts[0][name] for name in names if len({row.get(name) for row in facts}) == 1}
     differing = [name for name in names if name not in common]
     body += ["<h2>Rows</h2>"]
@@ -194,7 +197,8 @@ def _results(methods: list[Method], runs: list[Run], styles: dict[str, Style], l
 
 def results_table(lines: Iterable[tuple[str, Method, list[Method]]], first: str = "Method") -> Iterator[str]:
     """A line for each: the markup of its head, the method, and those among which its baseline is."""
-    yield f'<div class="scroll"><table class="results">{HEAD.format(first=first)}<tbody>'
+    ranked = "ranked " if first == "Method" else ""  # the first line is the best
+    yield f'<div class="scroll"><table class="{ranked}results">{HEAD.format(first=first)}<tbody>'
     for head, method, among in lines:
         texts = {name: escape(text) for name, text in cells(method, baseline(among, method.setting)).items()}
         yield f"<tr{shown_for(facets_of(method.runs))}><th>{head}</th>"
@@ -279,8 +283,9 @@ PLOTS = {
 }
 
 
-def _plot(name: str, key: str) -> str:
+def _plot(name: str, methods: list[Method], styles: dict[str, Style]) -> str:
     title, note = (PLOTS | {it.id: (it.title, it.note) for it in OF_ROWS})[name]
+    key = KEYS[name](methods, styles) if name in KEYS else ""
     return f'<h2>{title}</h2>\n<p class="note">{note}</p>\n<div class="plot" id="{name}"></div>{key}'
 
 
@@ -326,10 +331,31 @@ def _key(methods: list[Method], styles: dict[str, Style]) -> str:
     return f'<ul class="key">{"".join(lines)}</ul>'
 
 
+def _with_own_legends(figures: Mapping[str, Figure | None]) -> dict[str, Figure]:
+    """What there is to draw; the page says below a figure what its colours are."""
+    own = {"showlegend": False}
+    return {
+        name: figure | {"layout": figure["layout"] | own} if name in KEYS else figure
+        for name, figure in figures.items()
+        if figure
+    }
+
+
+def _legend(methods: list[Method], styles: dict[str, Style]) -> str:
+    """Colours and symbols alone: Plotly's own legend would leave a phone no room for a plot of many methods."""
+    items = "".join(
+        f"<li{shown_for(facets_of(method.runs))}>{_dot(styles[method.name])}{escape(method.title)}</li>"
+        for method in methods
+    )
+    return f'<ul class="legend">{items}</ul>'
+
+
 def _dot(style: Style) -> str:
-    return f'<span class="dot" style="background:{style.colour}"></span>'
+    return f'<span class="dot {style.symbol}" style="background:{style.colour}"></span>'
 
 
+KEYS = {"loss": _key, "memory": _legend, "rates": _legend}
+"""What stands below a figure."""
 SECTIONS = {"config": "Configuration", "data": "Data", "versions": "Versions", "hardware": "Hardware"}
 
 
@@ -361,6 +387,10 @@ def _details(runs: list[Run]) -> Iterator[str]:
     yield "<details><summary>Every run</summary>"
     yield from plain_table(head, rows, [facets_of([run]) for run in runs])
     yield "</details>"
+    if commands := [f"{said}  # {run.label}" for run in runs if (said := command(run.row.get("config") or {}))]:
+        yield '<details><summary>Every run again</summary><p class="note">Options are what differs from the defaults '
+        yield "of this version; the row names the commit that made it.</p>"
+        yield f"<pre>{escape(chr(10).join(commands))}</pre></details>"
 
 
 def _facts(common: dict[str, str]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.bench import step, words
-from gossamer.bench.page import GENERATED, PLOTLY, Page, library_text, plain_table
+from gossamer.bench.page import GENERATED, PLOTLY, Page, library_text, plain_table, prose
 from gossamer.bench.reading import Method, Published, Run, facets_of_row, leaves, load_files, read_published
 from gossamer.bench.report import method_page, rows_page, runs_page, summary
 from gossamer.errors import UserError
@@ -238,19 +238,20 @@ def _method_page(name: str, tables: list[Table], to: Callable[..., str]) -> Page
 
 def _about(name: str, run: Run | None) -> Iterator[str]:
     """What a method is: itself if it is registered, else what its runs trained, and how."""
-    config = (run.row.get("config") if run else None) or {}
-    parts = {key: dict(leaves(config.get(key))).get("name") for key in ("method", "layers")}
+    config = dict(leaves(run.row.get("config"), "config") if run else ())
+    parts = {key: str(config.get(f"config.{key}.name")) for key in ("method", "layers")}
     known, layers = registered(), PARAMETRIZATIONS
     if parts["layers"] in layers:
         said = (layers[parts["layers"]].__doc__ or "").strip().splitlines()[0]
-        yield f'<p class="lead">Weights: <b>{escape(parts["layers"])}</b>. {escape(said)}</p>'
+        yield f'<p class="lead">Weights: <b>{escape(parts["layers"])}</b>. {prose(said)}</p>'
     trained = name if name in known else parts["method"]
     if trained in known:
         by = "" if trained == name and parts["layers"] not in layers else f"Trained by <b>{escape(trained)}</b>. "
         entry = known[trained]
-        yield f'<p class="lead">{by}{escape(entry.summary)}</p><p class="note">{escape(entry.paper)}</p>'
-    if restarts := config.get("restarts"):
-        said = ", ".join(f"{key} {words.fact(value)}" for key, value in leaves(restarts))
+        yield f'<p class="lead">{by}{prose(entry.summary)}</p><p class="note">{escape(entry.paper)}</p>'
+    restarts = {key.split(".", 2)[2]: value for key, value in config.items() if key.startswith("config.restarts.")}
+    if restarts:
+        said = ", ".join(f"{key} {words.fact(value)}" for key, value in restarts.items())
         yield f'<p class="note">With restarts: {escape(said)}.</p>'
 
 
@@ -268,7 +269,7 @@ def _front(tables: list[Table], names: list[str], drawn: dict[str, str], to: Cal
         if chosen:
             yield f'<h2>{title}</h2><ul class="list">'
             for table in chosen:
-                said = summary(table.methods) if table.methods else f"{words.plural(len(table.rows), 'row')}."
+                said = summary(table.methods) if table.methods else _columns(table)
                 yield f"<li>{to('tables', table.name, '')}<small>{said}</small></li>"
             yield "</ul>"
     yield '<h2>Methods</h2><ul class="list">'
@@ -277,10 +278,24 @@ def _front(tables: list[Table], names: list[str], drawn: dict[str, str], to: Cal
         counts = [count for table in tables if (count := _methods_of(table).get(name))]
         text = f"{words.plural(sum(counts), 'row')} in {words.plural(len(counts), 'table')}."
         said = f"{known[name].summary} {text}" if name in known else text
-        yield f"<li>{to('methods', name, '')}<small>{escape(said)}</small></li>"
+        yield f"<li>{to('methods', name, '')}<small>{prose(said)}</small></li>"
     yield "</ul>"
     if unseen := [name for name in known if name not in names]:
         yield f'<p class="note">Methods without a row here: {escape(", ".join(unseen))}.</p>'
+
+
+def _columns(table: Table) -> str:
+    """How many rows, of what, and the numbers that they hold."""
+    count = len(_methods_of(table))
+    of = f" of {words.plural(count, 'method')}" if count else ""
+    numbers = dict.fromkeys(
+        name.partition(".")[0]
+        for row in table.rows
+        for name, leaf in leaves(row)
+        if isinstance(leaf, float) and not name.startswith("hardware")
+    )
+    listed = f": {', '.join(list(numbers)[:8])}" if numbers else ""
+    return escape(f"{words.plural(len(table.rows), 'row')}{of}{listed}.")
 
 
 def _files(directory: Path, sources: list[Source], drawn: dict[str, str], broken: dict[str, str]) -> Iterator[str]:
