@@ -253,7 +253,9 @@ def rates(methods: list[Method], styles: dict[str, Style]) -> Figure | None:
     ]
     # Ticks at the rates themselves; a rate far too high must not flatten the differences between the good ones.
     values = sorted({lr for _, pairs in tried for lr, _ in pairs})
-    ticks = {"tickmode": "array", "tickvals": values, "ticktext": [words.rate(value) for value in values]}
+    ticks: dict[str, Any] = {"tickmode": "array", "tickvals": values, "ticktext": list(map(words.rate, values))}
+    if len(values) > 8:
+        ticks = {"dtick": "D2", "tickformat": "~g"}  # at 1, 2 and 5
     wide = "log" if top > 4 * min(seen) > 0 and not _scored(methods) else "linear"
     y = _axis("score, %" if _scored(methods) else "validation perplexity", type=wide)
     return _figure(traces, _axis("learning rate", type="log", **ticks), y)

@@ -252,6 +252,7 @@ def grouped(runs: list[Run]) -> list[Method]:
 
 def facets_of(runs: Iterable[Run]) -> dict[str, list[str]]:
     """The values of each of `FACETS` among the runs."""
+    runs = list(runs)
     values = {name: sorted({value for run in runs if (value := getattr(run, name))}) for name in FACETS}
     return {name: found for name, found in values.items() if found}
 
@@ -375,7 +376,7 @@ def machine(hardware: dict[str, Any]) -> str | None:
     if accelerator := hardware.get("accelerator"):
         return str(accelerator)
     threads = hardware.get("threads")
-    parts = [str(hardware.get("cpu") or ""), words.plural(int(threads), "thread") if threads else ""]
+    parts = [str(hardware.get("cpu") or ""), words.plural(threads, "thread") if isinstance(threads, int) else ""]
     return ", ".join(filter(None, parts)) or None
 
 

@@ -48,7 +48,7 @@ COLUMNS = ("perplexity", "perplexity ratio", "weights", "state", "memory ratio",
            "seconds", "speed", "legacy")  # fmt: skip
 HEAD = """<thead>
 <tr><th rowspan="2">{first}</th><th rowspan="2">Learning rate</th>
-<th class="group" colspan="2">Validation perplexity</th>
+<th class="group" colspan="2">Validation {quality}</th>
 <th class="group" colspan="3">Weights and state, MiB</th><th class="group" colspan="2">State of hidden layers</th>
 <th rowspan="2">Step time ÷&nbsp;AdamW</th><th rowspan="2">Seconds</th><th rowspan="2">Tokens/s</th>
 <th rowspan="2">Legacy perplexity</th></tr>
@@ -197,8 +197,10 @@ def _results(methods: list[Method], runs: list[Run], styles: dict[str, Style], l
 
 def results_table(lines: Iterable[tuple[str, Method, list[Method]]], first: str = "Method") -> Iterator[str]:
     """A line for each: the markup of its head, the method, and those among which its baseline is."""
+    lines = list(lines)
+    quality = "score" if any(run.score is not None for _, method, _ in lines for run in method.runs) else "perplexity"
     ranked = "ranked " if first == "Method" else ""  # the first line is the best
-    yield f'<div class="scroll"><table class="{ranked}results">{HEAD.format(first=first)}<tbody>'
+    yield f'<div class="scroll"><table class="{ranked}results">{HEAD.format(first=first, quality=quality)}<tbody>'
     for head, method, among in lines:
         texts = {name: escape(text) for name, text in cells(method, baseline(among, method.setting)).items()}
         yield f"<tr{shown_for(facets_of(method.runs))}><th>{head}</th>"

@@ -108,7 +108,10 @@ def find_sources(directory: Path) -> list[Source]:
         for home, found in logs.items()
     ]
     others = (path for path in files if path.name not in ("rows.jsonl", "log.jsonl"))
-    sources += [Source(called(path.with_suffix("")), path.parent, path) for path in others]
+    taken = {source.name for source in sources}
+    for path in others:
+        short = called(path.with_suffix(""))
+        sources.append(Source(called(path) if short in taken else short, path.parent, path))
     return sorted(sources, key=lambda source: source.name)
 
 
@@ -140,7 +143,14 @@ def _page(table: Table, title: str, link: Callable[[str], str] = escape) -> Page
 
 
 def _of_steps(table: Table) -> bool:
-    return bool(table.rows) and all({"rival", "ratio_min", "milliseconds"} <= row.keys() for row in table.rows)
+    numbers = ("ratio", "ratio_min", "ratio_max", "milliseconds", "rival_milliseconds")
+    return all(
+        {"rival", *step.CASE, *step.SETTING[:-1]} <= row.keys()
+        and all(isinstance(row.get(name), int | float) for name in numbers)
+        and isinstance(row.get("hardware"), dict)
+        and "threads" in row["hardware"]
+        for row in table.rows
+    )
 
 
 def _pictures(rows: Path) -> list[Path]:
@@ -182,7 +192,7 @@ def _write_site(directory: Path, sources: list[Source], out: Path) -> Path:
     for name in names:
         _write(_method_page(name, tables, to), out / addresses["methods", name], above)
     (out / PLOTLY).write_text(library_text(), encoding="utf-8")
-    parts = [*_front(tables, names, drawn, to), *_files(directory, sources, drawn, broken), *_made(directory, tables)]
+    parts = [*_front(tables, names, broken, to), *_files(directory, sources, drawn, broken), *_made(directory, tables)]
     return Page(f"Gossamer: {directory.resolve().name}", parts).write(out / "index.html")
 
 
@@ -255,12 +265,14 @@ def _about(name: str, run: Run | None) -> Iterator[str]:
         yield f'<p class="note">With restarts: {escape(said)}.</p>'
 
 
-def _front(tables: list[Table], names: list[str], drawn: dict[str, str], to: Callable[..., str]) -> Iterator[str]:
+def _front(tables: list[Table], names: list[str], broken: dict[str, str], to: Callable[..., str]) -> Iterator[str]:
     runs = sum(run.finished for table in tables for run in table.runs)
+    said = f"{words.plural(len(broken), 'more table')} could not be read, see the list of files: {', '.join(broken)}."
+    lost = f" <b>{escape(said)}</b>" if broken else ""
     yield "<h1>Gossamer: results</h1>"
     yield (
         f'<p class="lead">{words.plural(len(tables), "table")}, {words.plural(runs, "finished run")}, '
-        f"{words.plural(len(names), 'method')}.</p>"
+        f"{words.plural(len(names), 'method')}.{lost}</p>"
     )
     for title, chosen in (
         ("Runs", [table for table in tables if table.methods]),
@@ -313,8 +325,6 @@ def _files(directory: Path, sources: list[Source], drawn: dict[str, str], broken
     samples = sorted(path.relative_to(directory).as_posix() for path in directory.rglob(f"*{SAMPLES}"))
     lines += [[name, "samples of an evaluation: not drawn"] for name in samples]
     yield "<h2>Files</h2>"
-    if broken:
-        yield f"<p><b>{words.plural(len(broken), 'file')} not understood: {escape(', '.join(broken))}.</b></p>"
     yield from plain_table(["File", "Became"], lines, [{}] * len(lines))
 
 
