@@ -245,7 +245,7 @@ def rates(methods: list[Method], styles: dict[str, Style]) -> Figure | None:
     tried = [(method, sorted((rate.rate, rate) for rate in method.rates if rate.rate)) for method in methods]
     runs = [run for _, pairs in tried for _, rate in pairs for run in rate.runs]
     seen = [run.quality for run in runs if run.quality is not None]
-    if max(len(pairs) for _, pairs in tried) < 2 or not seen:
+    if not seen or max(len(pairs) for _, pairs in tried) < 2:
         return None
     top = max(seen)
     traces = [
