@@ -20,10 +20,12 @@ import gossamer
 from gossamer.bench import (
     Bench,
     Evaluate,
+    Reproduce,
     StepBench,
     bench,
     bench_step,
     evaluate_model,
+    reproduce,
     step_table,
     summary_table,
     write_page,
@@ -121,6 +123,10 @@ def _run_bench_step(argv: list[str]) -> None:
     rows = bench_step(options)
     Console(width=None if sys.stdout.isatty() else 160).print(step_table(rows))
     print(write_page(options.out))
+
+
+def run_reproduce(argv: list[str]) -> None:
+    reproduce(_parse(Reproduce, "reproduce", argv))
 
 
 def run_report(argv: list[str]) -> None:
@@ -252,6 +258,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "finetune": (run_finetune, "train a model that is there on prompts and answers, or on labels"),
     "eval": (run_eval, "score a model: perplexity, GSM8K, MATH-500, HumanEval, MBPP, GLUE, lm-eval's tasks"),
     "bench": (run_bench, "train every method on the same data and compare them; bench step: time their steps"),
+    "reproduce": (run_reproduce, "train the tables of papers, and print ours beside theirs"),
     "report": (run_report, "make the page of runs that are there"),
     "memory": (run_memory, "predict what training takes"),
     "methods": (run_methods, "list every optimizer and every low-rank layer"),

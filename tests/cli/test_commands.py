@@ -128,7 +128,7 @@ def test_bench_trains_compares_and_remembers(
     assert [row["method"] for row in made] == ["adamw", "lora-pre"]  # the reference first
     for row in made:
         preset = methods()[row["method"]].traits["quick"]
-        assert (row["suite"], row["lr"], row["seed"], row["steps"]) == ("quick", preset["lr"], 0, 4)
+        assert (row["table"], row["lr"], row["seed"], row["steps"]) == ("quick", preset["lr"], 0, 4)
         log = [json.loads(line) for line in (folder / row["log"]).read_text().splitlines()]
         assert [event["step"] for event in log if event["event"] == "eval"] == [2, 4]
         assert log[-1]["perplexity"] == row["perplexity"] > 1
@@ -138,7 +138,7 @@ def test_bench_trains_compares_and_remembers(
 
     before = (folder / "rows.jsonl").read_bytes()
     monkeypatch.setattr(runner, "pretrain", train_nothing)
-    monkeypatch.setattr(runner, "step_time_ratio", train_nothing)
+    monkeypatch.setattr(runner, "probe", train_nothing)
     assert quick() == 0
     assert (folder / "rows.jsonl").read_bytes() == before
     assert "lora-pre" in capsys.readouterr().out
@@ -233,7 +233,7 @@ def test_bench_trains_low_rank_weights_beside_methods(
     presets = {recipe.name: recipe for recipe in SUITES["quick"].low_rank}
     for name, (layers, restarts) in LOW_RANK.items():
         row, config = made[name], made[name]["config"]
-        assert row["label"] == f"{name} lr {presets[name].lr:g} seed 0"
+        assert row["label"] == f"config {name} lr {presets[name].lr:g} seed 0"
         assert config["method"]["name"] == "adamw" and config["layers"]["name"] == layers
         assert (config["restarts"] is not None) == restarts
         assert row["step_time_ratio"] > 0

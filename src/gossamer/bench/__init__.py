@@ -1,22 +1,31 @@
 """Comparing methods: suites, the runner and the report; the time of a step; scoring a model."""
 
+from gossamer.bench.claim import Claim, Run, Sweep, Table
 from gossamer.bench.evaluation import Evaluate, evaluate_model
 from gossamer.bench.report import write_report
+from gossamer.bench.reproduce import Reproduce, reproduce
 from gossamer.bench.runner import bench
 from gossamer.bench.step import StepBench, bench_step, step_table, write_page
-from gossamer.bench.suite import SUITES, Bench, Recipe, Suite
+from gossamer.bench.suite import SUITES, Bench, Recipe, Suite, presets
 from gossamer.bench.table import summary_table
 
 __all__ = [
     "SUITES",
     "Bench",
+    "Claim",
     "Evaluate",
     "Recipe",
+    "Reproduce",
+    "Run",
     "StepBench",
     "Suite",
+    "Sweep",
+    "Table",
     "bench",
     "bench_step",
     "evaluate_model",
+    "presets",
+    "reproduce",
     "step_table",
     "summary_table",
     "write_page",

@@ -51,7 +51,7 @@ class Run:
 
     label: str
     method: str
-    suite: str | None
+    table: str | None
     rate: float | None
     finished: bool
     last_step: int
@@ -215,7 +215,7 @@ def _as_written(label: str, log: _Log, row: dict[str, Any] | None) -> Run:
     return Run(
         label=str(start.get("label", label)),
         method=str((row or {}).get("method") or _trained(start)),
-        suite=outcome.get("suite"),
+        table=outcome.get("table"),
         rate=_number((row or {}).get("lr")) or rate,
         finished=bool(outcome),
         last_step=int(outcome.get("step") or outcome.get("steps") or log.last_step),

@@ -42,8 +42,8 @@ def write_report(directory: Path) -> Path:
         figures |= {"memory": plots.memory, "rates": plots.rates}
     drawn = {name: figure for name, draw in figures.items() if (figure := draw(methods, styles))}
     diagnosed = plots.diagnostics(methods, styles)
-    suites = sorted({run.suite for run in runs if run.suite})
-    title = f"Gossamer benchmark: {', '.join(suites)}" if suites else "Gossamer training report"
+    tables = sorted({run.table for run in runs if run.table})
+    title = f"Gossamer benchmark: {', '.join(tables)}" if tables else "Gossamer training report"
     body = [f"<h1>{escape(title)}</h1>", *_summary(methods, runs), *_results(methods, runs, styles)]
     body += [_plot(name, _key(methods, styles) if name == "loss" else "") for name in drawn]
     body += _diagnostics(methods, styles, list(diagnosed))

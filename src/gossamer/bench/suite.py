@@ -9,12 +9,14 @@ from typing import Annotated, Literal
 
 import tyro
 
+from gossamer.bench.claim import Run
 from gossamer.data import DataConfig
 from gossamer.errors import UserError, nearest
 from gossamer.layers import LowRank, Parametrization, ReLoRA, SLTrain
 from gossamer.optim.contract import Entry, Method, build, methods
 from gossamer.optim.methods.adamw import AdamW
 from gossamer.restarts import Restarts
+from gossamer.train import Pretrain
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Bench:
     steps: int | None = None
     """Instead of the suite's."""
     rounds: int = 20
-    """Pairs of steps, ours and torch's, by which the step time is compared."""
+    """Training steps, ours and torch's AdamW's in turn, by which their times are compared."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -108,8 +110,7 @@ class Bench:
 
     def recipes(self) -> list[Recipe]:
         """What to run, the reference first."""
-        presets = [_preset(entry, self.suite) for entry in methods().values() if self.suite in entry.traits]
-        known = {recipe.name: recipe for recipe in (*presets, *SUITES[self.suite].low_rank)}
+        known = presets(self.suite)
         for name in self.methods:
             if name not in known:
                 raise UserError(
@@ -117,6 +118,43 @@ class Bench:
                 )
         chosen = {"adamw", *self.methods} if self.methods else set(known)
         return sorted((known[name] for name in chosen), key=lambda recipe: (recipe.name != "adamw", recipe.name))
+
+    def runs(self) -> list[Run]:
+        """Every recipe at every learning rate with every seed."""
+        return [
+            self._run(recipe, lr, seed)
+            for recipe in self.recipes()
+            for lr in self.lrs or (recipe.lr,)
+            for seed in self.seeds
+        ]
+
+    def _run(self, recipe: Recipe, lr: float, seed: int) -> Run:
+        suite = SUITES[self.suite]
+        steps = self.steps or suite.steps
+        every = -(-steps // suite.evals)
+        config = Pretrain(
+            method=recipe.method,
+            layers=recipe.layers,
+            restarts=recipe.restarts,
+            model=suite.model,
+            data=suite.data,
+            steps=steps,
+            batch_size=suite.batch_size,
+            lr=lr,
+            fallback_lr=suite.fallback_lr,
+            eval_every=every,
+            eval_tokens=suite.eval_tokens,
+            save_every=every,
+            keep_last=1,
+            seed=seed,
+        )
+        return Run(self.suite, Path(suite.model).stem, recipe.name, config)
+
+
+def presets(suite: str) -> dict[str, Recipe]:
+    """Every method that has a preset for the suite, and the suite's low-rank weights."""
+    found = [_preset(entry, suite) for entry in methods().values() if suite in entry.traits]
+    return {recipe.name: recipe for recipe in (*found, *SUITES[suite].low_rank)}
 
 
 def _preset(entry: Entry, suite: str) -> Recipe:
