@@ -21,13 +21,16 @@ from gossamer.bench import (
     Bench,
     Evaluate,
     Reproduce,
+    Search,
     StepBench,
     bench,
     bench_step,
     evaluate_model,
     reproduce,
+    search,
     step_table,
     summary_table,
+    trials_table,
     write_page,
     write_report,
 )
@@ -116,6 +119,13 @@ def run_bench(argv: list[str]) -> None:
     folder = bench(options)
     Console().print(summary_table(folder))
     print(write_report(folder))
+
+
+def run_sweep(argv: list[str]) -> None:
+    options = _parse(Search, "sweep", argv)
+    table, lines = trials_table(search(options))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    print(*lines, options.folder / "rows.jsonl", sep="\n")
 
 
 def _run_bench_step(argv: list[str]) -> None:
@@ -259,6 +269,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "eval": (run_eval, "score a model: perplexity, GSM8K, MATH-500, HumanEval, MBPP, GLUE, lm-eval's tasks"),
     "bench": (run_bench, "train every method on the same data and compare them; bench step: time their steps"),
     "reproduce": (run_reproduce, "train the tables of papers, and print ours beside theirs"),
+    "sweep": (run_sweep, "look for a method's learning rate, and values of its knobs, within a budget of tokens"),
     "report": (run_report, "make the page of runs that are there"),
     "memory": (run_memory, "predict what training takes"),
     "methods": (run_methods, "list every optimizer and every low-rank layer"),

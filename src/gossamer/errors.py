@@ -16,6 +16,10 @@ class Diverged(UserError):
     compares."""
 
 
+class Pruned(UserError):
+    """A run was ended because what it had reached was not worth going on with."""
+
+
 def first_line(error: Exception) -> str:
     """An error's message, short enough to quote in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

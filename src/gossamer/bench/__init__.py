@@ -2,11 +2,13 @@
 
 from gossamer.bench.claim import Claim, Run, Sweep, Table
 from gossamer.bench.evaluation import Evaluate, evaluate_model
+from gossamer.bench.recipes import Recipe, presets
 from gossamer.bench.report import write_report
 from gossamer.bench.reproduce import Reproduce, reproduce
 from gossamer.bench.runner import bench
 from gossamer.bench.step import StepBench, bench_step, step_table, write_page
-from gossamer.bench.suite import SUITES, Bench, Recipe, Suite, presets
+from gossamer.bench.suite import SUITES, Bench, Suite
+from gossamer.bench.sweep import Search, search, trials_table
 from gossamer.bench.table import summary_table
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "Recipe",
     "Reproduce",
     "Run",
+    "Search",
     "StepBench",
     "Suite",
     "Sweep",
@@ -26,8 +29,10 @@ __all__ = [
     "evaluate_model",
     "presets",
     "reproduce",
+    "search",
     "step_table",
     "summary_table",
+    "trials_table",
     "write_page",
     "write_report",
 ]

@@ -30,11 +30,14 @@ class Run:
     method: str
     config: Pretrain[Any, Any, Any]
     """All that is trained, but for the folder it is trained in."""
+    trial: int | None = None
+    """Its number, where more than the learning rate and the seed tells the runs of a cell apart."""
 
     @property
     def label(self) -> str:
         """Its name in rows: a table has one run of a name."""
-        return f"{self.size} {self.method} lr {self.config.lr:g} seed {self.config.seed}"
+        name = f"{self.size} {self.method} lr {self.config.lr:g} seed {self.config.seed}"
+        return name if self.trial is None else f"{name} trial {self.trial}"
 
     @property
     def folder(self) -> str:

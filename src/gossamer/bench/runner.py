@@ -19,7 +19,8 @@ from gossamer.bench.claim import Run
 from gossamer.bench.probe import probe
 from gossamer.bench.suite import Bench
 from gossamer.distributed import World, start, stop
-from gossamer.errors import Diverged
+from gossamer.errors import Diverged, Pruned
+from gossamer.evaluate import Score
 from gossamer.restarts import in_words
 from gossamer.train import Pretrain, jsonl, pretrain
 
@@ -33,7 +34,9 @@ PATIENCE = 2.0
 Finished = Mapping[str, dict[str, Any]]
 """The last row of each label."""
 Wanted = Callable[[Finished], Iterable[Run]]
-"""The runs that are to be made, the next one first; what has been found may ask for more."""
+"""The runs that are to be made, the next one first, asked for one by one; what has been found may ask for more."""
+Watch = Callable[[Run, int, Score], str | None]
+"""Told of an evaluation, by the step after which it was made; may say why the run is not worth going on with."""
 
 
 class Rows:
@@ -50,12 +53,12 @@ class Rows:
         """The last row of each label. A last line torn by a kill is cut off; its run is made again."""
         if not self.path.exists():
             return {}
-        with self._alone():
+        with self.alone():
             jsonl.mend(self.path)
         return {row["label"]: row for _, row in jsonl.read(self.path)}
 
     def append(self, row: dict[str, Any]) -> None:
-        with self._alone():
+        with self.alone():
             jsonl.mend(self.path)
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -66,9 +69,11 @@ class Rows:
         Waits while others make the last ones: what they find may ask for more.
         """
         while True:
-            finished = self.read()
-            missing = [run for run in wanted(finished) if not _is_there(run, finished)]
-            for run in missing:
+            finished, missing = self.read(), False
+            for run in wanted(finished):
+                if _is_there(run, finished):
+                    continue
+                missing = True
                 if self._hold(run):
                     finished = self.read()
                     if not _is_there(run, finished):  # may have been finished since
@@ -101,16 +106,17 @@ class Rows:
         return held
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
+        """What no two processes may do to the file, or beside it, at the same time."""
         with self.path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
 
-def work(wanted: Wanted, rows: Rows, *, device: str, rounds: int, keep: bool) -> None:
+def work(wanted: Wanted, rows: Rows, *, device: str, rounds: int, keep: bool, watch: Watch | None = None) -> None:
     """Make what is wanted, run by run; under `torchrun` all processes make each together.
 
-    A run that was stopped goes on; one that diverged is a row without a perplexity.
+    A run that was stopped goes on; one that diverged is a row without a perplexity; one that `watch` ended is no row.
 
     Args:
         rounds: of timed steps. keep: checkpoints of finished runs.
@@ -119,7 +125,9 @@ def work(wanted: Wanted, rows: Rows, *, device: str, rounds: int, keep: bool) ->
     while (run := _of_main(device, lambda _: rows.take(wanted))) is not None:
         config = replace(run.config, out=rows.runs / run.folder, resume=True, device=device)
         try:
-            pretrain(config, label=run.label)
+            pretrain(config, label=run.label, watch=watch and partial(watch, run))
+        except Pruned:
+            _of_main(device, partial(_drop, rows, run, config))
         except Diverged as error:
             _of_main(device, partial(_finish, rows, run, config, rounds, keep, str(error)))
         else:
@@ -147,6 +155,11 @@ def _finish(
     rows.append(_row(run, config, probe(config, world.device, rounds=rounds), diverged, rows.path.parent))
     if not keep:
         shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
+    rows.release(run)
+
+
+def _drop(rows: Rows, run: Run, config: Pretrain[Any, Any, Any], world: World) -> None:
+    shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
     rows.release(run)
 
 

@@ -1,4 +1,4 @@
-"""What is compared: a model, data, a length, and the recipes: the methods bring theirs, low-rank weights are here."""
+"""What is compared: a model, data, a length; `recipes` has what is trained on them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,10 @@ from typing import Annotated, Literal
 import tyro
 
 from gossamer.bench.claim import Run
+from gossamer.bench.recipes import Recipe, presets
 from gossamer.data import DataConfig
 from gossamer.errors import UserError, nearest
-from gossamer.layers import LowRank, Parametrization, ReLoRA, SLTrain
-from gossamer.optim.contract import Entry, Method, build, methods
-from gossamer.optim.methods.adamw import AdamW
-from gossamer.restarts import Restarts
 from gossamer.train import Pretrain
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One way to train hidden matrices, by the name that it has in rows and in the report."""
-
-    name: str
-    method: Method
-    lr: float
-    """Of hidden matrices, or of the factors in their place, where `Bench.lrs` gives no other."""
-    layers: Parametrization | None = None
-    restarts: Restarts | None = None
 
 
 @dataclass(frozen=True)
@@ -44,12 +29,7 @@ class Suite:
     eval_tokens: int
     evals: int
     """Evaluations and checkpoints of a run, evenly spaced; the last one counts."""
-    low_rank: tuple[Recipe, ...] = ()
-    """Low-rank weights. A method's own preset for the suite is in its file of `optim/methods/`."""
 
-
-_ADAMW = AdamW(betas=(0.9, 0.95))
-_RESTARTS = Restarts(every=50, recovery_steps=5, scope="all")
 
 SUITES = {
     # a Llama with d = 128 on the standard library's text: minutes on two cores
@@ -61,13 +41,6 @@ SUITES = {
         fallback_lr=4e-3,
         eval_tokens=100_000,
         evals=1,
-        low_rank=(
-            Recipe("low-rank", _ADAMW, 2.5e-4, LowRank(rank=32)),
-            Recipe("low-rank-restarts", _ADAMW, 2.5e-4, LowRank(rank=32), _RESTARTS),
-            Recipe("sltrain", _ADAMW, 2e-3, SLTrain(rank=32)),
-            Recipe("sltrain-restarts", _ADAMW, 2e-3, SLTrain(rank=32), _RESTARTS),
-            Recipe("relora", _ADAMW, 1e-3, ReLoRA(rank=32), _RESTARTS),
-        ),
     ),
 }
 
@@ -149,15 +122,3 @@ class Bench:
             seed=seed,
         )
         return Run(self.suite, Path(suite.model).stem, recipe.name, config)
-
-
-def presets(suite: str) -> dict[str, Recipe]:
-    """Every method that has a preset for the suite, and the suite's low-rank weights."""
-    found = [_preset(entry, suite) for entry in methods().values() if suite in entry.traits]
-    return {recipe.name: recipe for recipe in (*found, *SUITES[suite].low_rank)}
-
-
-def _preset(entry: Entry, suite: str) -> Recipe:
-    fields = dict(entry.traits[suite])
-    lr = fields.pop("lr")
-    return Recipe(entry.name, build(entry.name, **fields), lr)
