@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gossamer.bench.recipes import Recipe
 from gossamer.errors import UserError, nearest
 
@@ -50,17 +52,14 @@ class Knob:
         return round(value) if isinstance(low, int) and isinstance(high, int) else value
 
 
-def spread(knobs: Sequence[Knob], count: int) -> list[dict[str, Any]]:
-    """Points that cover the space evenly, the middle first, as optuna says them.
+def spread(knobs: Sequence[Knob], count: int, seed: int) -> list[dict[str, Any]]:
+    """Points that cover every knob's range evenly, as optuna says them: a Latin hypercube.
 
-    Martin Roberts' R sequence: each knob goes on by a fixed part of its range, and begins again behind its end. A handful
-    of independent draws would leave gaps, and fall on one another.
+    A handful of independent draws would leave gaps, and fall on one another.
     """
-    root = 2.0
-    for _ in range(50):  # of x^(d + 1) = x + 1; for one knob the golden ratio
-        root = (1 + root) ** (1 / (len(knobs) + 1))
-    steps = {knob.name: root ** -(place + 1) for place, knob in enumerate(knobs)}
-    return [{knob.name: knob.at((0.5 + index * steps[knob.name]) % 1) for knob in knobs} for index in range(count)]
+    draw = np.random.default_rng(seed)
+    parts = {knob.name: (draw.permutation(count) + 0.5) / count for knob in knobs}
+    return [{knob.name: knob.at(float(parts[knob.name][index])) for knob in knobs} for index in range(count)]
 
 
 def parse(space: Sequence[str], recipe: Recipe, lr: float | None) -> tuple[Knob, ...]:

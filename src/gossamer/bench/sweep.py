@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 ROUNDS = 5
 """Of timed steps a trial."""
-STARTUP = 5
-"""Trials of a study before what they found decides where the next one is, and before any is pruned."""
+STARTUP = 4
+"""Trials that cover the space before what was found decides where the next one is, and before any is pruned."""
 NEAR = 5
 """Trials nearest to the best one, by learning rate, that a parabola is laid through."""
 PART_OF_LOSS = 0.01
@@ -86,8 +86,9 @@ class Search:
     def __post_init__(self) -> None:
         if not 0 < self.tokens < math.inf:
             raise UserError(f"tokens: {self.tokens} is out of range; allowed: finite numbers > 0")
-        if self.evals is not None and self.evals < 1:
-            raise UserError(f"evals: {self.evals} is too small; allowed: an integer >= 1")
+        for name in ("steps", "evals"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name}: {value} is too small; allowed: an integer >= 1")
         if self.prune and (self.evals or SUITES[self.suite].evals) < 2:
             raise UserError("prune: a trial is evaluated once, at its end; add --evals 4")
         elsewhere = [name for name in ("size", "data", "tokenizer", "steps") if getattr(self, name) is not None]
@@ -135,7 +136,7 @@ class Study:
         self.options, self.suite = options, SUITES[options.suite]
         self.recipe, lr = _recipe(options)
         self.knobs = parse(options.space, self.recipe, lr)
-        self.steps = options.steps or self.suite.steps
+        self.steps = self.suite.steps if options.steps is None else options.steps
         for knob in self.knobs:
             for value in knob.choices or knob.bounds or ():
                 if value:  # a bound of 0 is never drawn
@@ -180,8 +181,8 @@ class Study:
                 named = zip((knob.name for knob in self.knobs), map(json.dumps, values), strict=True)
                 study.enqueue_trial(dict(named))
             return
-        first, *others = spread(self.knobs, STARTUP)
-        for params in (self._own() or first, *others):
+        own = self._own()
+        for params in ([] if own is None else [own]) + spread(self.knobs, STARTUP, self.options.seed):
             study.enqueue_trial(params)
 
     def _own(self) -> dict[str, Any] | None:
