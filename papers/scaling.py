@@ -4,40 +4,30 @@
     python -m papers.scaling --out results/scaling        # and published.md, scale.svg, galore.svg
 
 That is the closing observation of arXiv 2505.22922, from notes on it. Compute is 6 N D (`gossamer.bench.scaling`), N
-counted on our models of the same shapes, D as the paper prints it: SCALE's counts padding, GaLore's does not. A factor
-that all sizes of a table share, in D or in the loss (dividing by one batch too many is nearly one), moves no exponent.
+counted on our models of the same shapes, D with padding. 6 N D is too much for `lora` and `relora`, whose frozen
+matrices take no gradient of their own. A factor that all sizes of a table share, in D or in the loss (dividing by one
+batch too many is nearly one), moves no exponent.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import tyro
 
+from gossamer.bench import Table
 from gossamer.bench.scaling import Law, compute, draw, fit, matrix_parameters
-from gossamer.layers import LoRA, LowRank, Parametrization, ReLoRA, SLTrain
+from gossamer.layers import Parametrization
 from gossamer.memory import meta_model
-from papers import PublishedTable
-from papers.efficient_pretraining import MAIN, SCALE
-from papers.efficient_pretraining import TOKENS as SLOTS
-from papers.galore import RANKS, TABLE_2, TOKENS
-
-LAYERS: dict[str, type[Any]] = {
-    "Low-Rank": LowRank,
-    "Low-Rank-restarts": LowRank,
-    "LoRA": LoRA,
-    "ReLoRA": ReLoRA,
-    "SLTrain-restarts": SLTrain,
-}
-"""Of the methods whose weights are not dense. 6 N D is too much for LoRA and ReLoRA, whose frozen matrices have no
-gradient of their own: 4 N D there, so a third of the compute of most of their N."""
+from papers.efficient_pretraining import benchmark, scale
+from papers.galore import table2
+from papers.pretraining import STEPS, SYSTEMS
 
 
 @dataclass(frozen=True)
@@ -54,19 +44,23 @@ class Curve:
         return [math.log(perplexity) for perplexity in self.perplexities]
 
 
-def curves(table: PublishedTable, tokens: Mapping[str, float]) -> list[Curve]:
-    """Every method of a table."""
+def curves(table: Table) -> list[Curve]:
+    """Every method of a table, ours or not; what is not in `SYSTEMS` has dense weights."""
     found = []
-    for method, cells in table.cells.items():
-        layers = LAYERS.get(method)
-        computes = [_compute(size, layers and layers(RANKS[size]), tokens[size]) for size in cells]
-        perplexities = tuple(cell.perplexity for cell in cells.values())
-        found.append(Curve(method, tuple(cells), tuple(computes), perplexities))
+    for method in dict.fromkeys(method for method, _ in table.perplexities):
+        cells = {size: claim.value for (name, size), claim in table.perplexities.items() if name == method}
+        computes = (_compute(size, layers_of(method, size)) for size in cells)
+        found.append(Curve(method, tuple(cells), tuple(computes), tuple(cells.values())))
     return found
 
 
-def _compute(size: str, layers: Parametrization | None, tokens: float) -> float:
-    return compute(matrix_parameters(meta_model(size, layers, torch.bfloat16)), tokens)
+def layers_of(method: str, size: str) -> Parametrization | None:
+    return SYSTEMS[method](size).layers if method in SYSTEMS else None
+
+
+def _compute(size: str, layers: Parametrization | None) -> float:
+    """With `STEPS` of 512 rows of 256 tokens, padding included, as all these papers train."""
+    return compute(matrix_parameters(meta_model(size, layers, torch.bfloat16)), STEPS[size] * 512 * 256)
 
 
 def laws(dense: Sequence[Curve]) -> dict[str, Law]:
@@ -104,63 +98,62 @@ def worth(better: float, worse: float, law: Law) -> float:
 
 def report() -> Iterator[str]:
     """The tables, as lines of Markdown."""
-    scale, galore = curves(SCALE, SLOTS), curves(TABLE_2, TOKENS)
-    galore_dense = [curve for curve in galore if curve.name not in LAYERS]
     yield "# Loss against compute in published tables"
     yield ""
     yield "Made by `python -m papers.scaling --out results/scaling`. Perplexities as printed; intervals are of 95 %."
-    for table, dense in ((SCALE, scale), (TABLE_2, galore_dense)):
-        yield from ("", f"## {table.name}: dense weights, each method's own law ({table.reliability})", "")
+    dense = {table.title: [it for it in curves(table) if not _is_thin(it)] for table in (scale, table2)}
+    for title, lines in dense.items():
+        yield from ("", f"## {title}: dense weights, each method's own law", "")
         yield "| method | exponent | 95 % | residual of the loss | |"
         yield "|---|---|---|---|---|"
-        for name, law in laws(dense).items():
+        fitted = [(name, law, "sizes") for name, law in laws(lines).items()]
+        for name, law, of in (*fitted, ("one law for all", common(lines), "runs")):
             low, high = law.interval
-            noted = f"{law.points} sizes"
-            yield f"| {name} | {law.exponent:.4f} | {low:.4f} to {high:.4f} | {law.residual:.2%} | {noted} |"
-        law = common(dense)
-        low, high = law.interval
-        noted = f"{law.points} runs"
-        yield f"| one law for all | {law.exponent:.4f} | {low:.4f} to {high:.4f} | {law.residual:.2%} | {noted} |"
-    yield from ("", f"## {SCALE.name}: what compute explains", "")
-    parts = shares(scale)
-    yield "Of the variance of log loss over nine methods and four sizes: " + ", ".join(
-        f"{parts[name]:.1%} {what}"
-        for name, what in (
-            ("law", "lies along one law of compute"),
-            ("size", "is the sizes' departure from it"),
-            ("method", "is the methods' constant difference"),
-            ("rest", "is neither"),
-        )
-    ) + "."  # fmt: skip
-    yield ""
-    yield "| size | compute | best | worst | worst / best | the same gain by compute |"
-    yield "|---|---|---|---|---|---|"
-    law = common(scale)
-    for index, size in enumerate(scale[0].sizes):
-        ranked = sorted((curve.perplexities[index], curve.name) for curve in scale)
-        (best, first), (worst, last) = ranked[0], ranked[-1]
-        c = scale[0].computes[index]
-        yield (
-            f"| {size} | {c:.2e} | {first} {best:.2f} | {last} {worst:.2f} | {worst / best:.3f} | "
-            f"x {worth(best, worst, law):.1f} |"
-        )
+            yield f"| {name} | {law.exponent:.4f} | {low:.4f} to {high:.4f} | {law.residual:.2%} | {law.points} {of} |"
+    yield from ("", f"## {scale.title}: what compute explains", "")
+    yield from _explained(dense[scale.title])
     yield from ("", "## Low-rank weights against the dense law, at their own compute", "")
     yield "| table | method | size | compute / dense | perplexity | dense law there, 95 % of one more run | |"
     yield "|---|---|---|---|---|---|---|"
-    (stable_spam,) = (curve for curve in scale if curve.name == "Stable-SPAM")  # its 1B is the `Full` of `MAIN`
-    for table, of, dense in ((TABLE_2, galore, galore[0]), (MAIN, curves(MAIN, SLOTS), stable_spam)):
-        law = fit(dense.computes, dense.losses)
-        for curve in of:
-            if curve.name not in LAYERS:
-                continue
-            for size, c, perplexity in zip(curve.sizes, curve.computes, curve.perplexities, strict=True):
-                middle, (low, high) = law.loss(c), law.band(c, of_a_run=True)
-                inside = "inside" if low <= math.log(perplexity) <= high else "outside"
-                ratio = c / dense.computes[dense.sizes.index(size)]
-                yield (
-                    f"| {table.name} ({table.reliability}) | {curve.name} | {size} | {ratio:.2f} | {perplexity:.2f} | "
-                    f"{np.exp(middle):.2f} ({np.exp(low):.2f} to {np.exp(high):.2f}) | {inside} |"
-                )
+    yield from _beside(table2, dense[table2.title][0])
+    (full_rank,) = (it for it in dense[scale.title] if it.name == "stable-spam")  # the benchmark's own, by its 1B
+    yield from _beside(benchmark, full_rank)
+
+
+def _is_thin(curve: Curve) -> bool:
+    return layers_of(curve.name, curve.sizes[0]) is not None
+
+
+def _explained(dense: Sequence[Curve]) -> Iterator[str]:
+    parts, law = shares(dense), common(dense)
+    yield f"Of the variance of log loss over {len(dense)} methods and {len(dense[0].sizes)} sizes:"
+    yield ""
+    for name, what in (
+        ("law", "along one law of compute"),
+        ("size", "the sizes' departure from it"),
+        ("method", "the methods' constant differences"),
+        ("rest", "neither"),
+    ):
+        yield f"- {parts[name]:.1%} {what}"
+    yield ""
+    yield "| size | compute | best | worst | worst / best | the same gain by compute |"
+    yield "|---|---|---|---|---|---|"
+    for index, size in enumerate(dense[0].sizes):
+        ranked = sorted((curve.perplexities[index], curve.name) for curve in dense)
+        (best, first), (worst, last) = ranked[0], ranked[-1]
+        sides = f"{first} {best:.2f} | {last} {worst:.2f} | {worst / best:.3f}"
+        yield f"| {size} | {dense[0].computes[index]:.2e} | {sides} | x {worth(best, worst, law):.1f} |"
+
+
+def _beside(table: Table, dense: Curve) -> Iterator[str]:
+    """The thin methods of a table, and what the law of a dense one says of their compute."""
+    law = fit(dense.computes, dense.losses)
+    for curve in filter(_is_thin, curves(table)):
+        for size, c, perplexity in zip(curve.sizes, curve.computes, curve.perplexities, strict=True):
+            middle, (low, high) = (float(np.exp(law.loss(c))), np.exp(law.band(c, of_a_run=True)))
+            said = f"{middle:.2f} ({low:.2f} to {high:.2f}) | {'inside' if low <= perplexity <= high else 'outside'}"
+            ratio = c / dense.computes[dense.sizes.index(size)]
+            yield f"| {table.title} | {curve.name} | {size} | {ratio:.2f} | {perplexity:.2f} | {said} |"
 
 
 @dataclass(frozen=True)
@@ -180,8 +173,8 @@ def main(options: Options) -> int:
 
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "published.md").write_text(text + "\n")
-        for name, table, tokens in (("scale", SCALE, SLOTS), ("galore", TABLE_2, TOKENS)):
-            lines = {it.name: list(zip(it.computes, it.losses, strict=True)) for it in curves(table, tokens)}
+        for name, table in (("scale", scale), ("galore", table2)):
+            lines = {it.name: list(zip(it.computes, it.losses, strict=True)) for it in curves(table)}
             figure = go.Figure(draw(lines)).update_layout(template="plotly_white", width=900, height=620)
             figure.write_image(options.out / f"{name}.svg")
     return 0

@@ -22,6 +22,16 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Order:
+    """A claim that methods rank, the lowest perplexity first, each pair of neighbours being a statement of its own."""
+
+    methods: tuple[str, ...]
+    source: str
+    margin: float = 0.0
+    """How far above the next one's a log perplexity may be and still count as no worse."""
+
+
+@dataclass(frozen=True)
 class Run:
     """One training run of a table or a suite."""
 
@@ -71,7 +81,11 @@ class Table:
     run: Callable[[str, str, int], Run]
     """The training of (size, method, seed)."""
     perplexities: Mapping[tuple[str, str], Claim] = field(default_factory=dict)
-    """By method and size: legacy perplexities, as papers print them."""
+    """By method and size: legacy perplexities, as papers print them. Methods that are not ours have no runs."""
+    gigabytes: Mapping[tuple[str, str], Claim] = field(default_factory=dict)
+    """By method and size: weights and optimizer state, in GB of 1e9 bytes."""
+    orders: tuple[Order, ...] = ()
+    """Claimed at every size."""
     sweep: Sweep = Sweep()
     seeds: int = 3
     """Of a cell, from 0 on."""

@@ -114,23 +114,25 @@ def load_table(path: Path, name: str) -> Table:
 
 
 def tables_in(path: Path) -> dict[str, Table]:
-    """Every table of a Python file, by name. The file is run, with its folder's parent on the import path.
+    """Every table of a Python file, by name. The file is run; it may import its package, or files beside it.
 
     Raises:
         UserError: there is no such file, or it does not run.
     """
+    path = path.resolve()
     if path.suffix != ".py" or not path.is_file():
         raise UserError(f"table: no such Python file: {path}")
-    above = str(path.resolve().parent.parent)
-    if above not in sys.path:
-        sys.path.insert(0, above)
-    parent = path.resolve().parent.name
-    module_name = f"{parent}.{path.stem}" if (path.parent / "__init__.py").exists() else path.stem
-    spec = importlib.util.spec_from_file_location(module_name, path)
+    root = path.parent.parent if (path.parent / "__init__.py").exists() else path.parent
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    name = f"table {path}"  # nobody's module but this file's
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"table: {path} does not run: {type(error).__name__}: {first_line(error)}") from error
-    return {name: value for name, value in vars(module).items() if isinstance(value, Table)}
+    finally:
+        del sys.modules[name]
+    return {key: value for key, value in vars(module).items() if isinstance(value, Table)}

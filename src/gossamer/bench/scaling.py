@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
 from torch import nn
 
 from gossamer.bench import words
@@ -55,7 +56,7 @@ def matrix_parameters(model: nn.Module) -> int:
 
 def compute(matrix_parameters: float, tokens: float) -> float:
     """Floating-point operations of training: 6 N D."""
-    return 6 * matrix_parameters * tokens
+    return 6.0 * matrix_parameters * tokens
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Law:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % of the exponent."""
-        half = student(self.points - 2) * self.residual / math.sqrt(self.spread)
+        half = _student(self.points - 2) * self.residual / math.sqrt(self.spread)
         return self.exponent - half, self.exponent + half
 
     def loss(self, compute: ArrayLike) -> Array:
@@ -86,7 +87,7 @@ class Law:
     def band(self, compute: ArrayLike, *, of_a_run: bool = False) -> tuple[Array, Array]:
         """Where the law lies at each compute, from least to most, with 95 % confidence; `of_a_run`: one more run."""
         away = (np.log(compute) - self.centre) ** 2 / self.spread
-        half = student(self.points - 2) * self.residual * np.sqrt(of_a_run + 1 / self.points + away)
+        half = _student(self.points - 2) * self.residual * np.sqrt(of_a_run + 1 / self.points + away)
         return self.loss(compute) * np.exp(-half), self.loss(compute) * np.exp(half)
 
 
@@ -112,18 +113,9 @@ def fit(compute: ArrayLike, loss: ArrayLike) -> Law:
     return Law(float(-slope), float(centre), float(height), float(spread), residual, len(x))
 
 
-def student(dof: int) -> float:
-    """The 97.5 % quantile of Student's t: what a standard error is multiplied by for a 95 % interval."""
-    exact = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}
-    if dof in exact:
-        return exact[dof]
-    z = 1.959964  # Abramowitz and Stegun 26.7.5, to 1e-3 from here on
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / dof**power for power, term in enumerate(terms, 1))
+def _student(dof: int) -> float:
+    """What a standard error is multiplied by for a 95 % interval."""
+    return float(stdtrit(dof, 0.975))
 
 
 class Point(NamedTuple):
