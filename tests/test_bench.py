@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gossamer import layers
-from gossamer.bench import SUITES, Bench
+from gossamer.bench import Bench, presets
 from gossamer.bench.timing import step_time_ratio
 from gossamer.errors import UserError
 from gossamer.optim.contract import methods
@@ -18,16 +18,16 @@ LOW_RANK = {"low-rank", "low-rank-restarts", "relora", "sltrain", "sltrain-resta
 
 def test_everything_with_a_preset_runs_the_reference_first() -> None:
     names = [recipe.name for recipe in Bench().recipes()]
-    presets = {name for name, entry in methods().items() if "quick" in entry.traits}
-    assert set(names) == presets | LOW_RANK and len(names) == len(presets) + len(LOW_RANK)
+    assert set(names) == set(presets("quick")) and len(names) == len(set(names))
     assert names[0] == "adamw" and names[1:] == sorted(names[1:])
+    assert set(names) >= LOW_RANK and set(names) - LOW_RANK <= set(methods())
 
 
 @pytest.mark.parametrize("name", sorted(LOW_RANK))
 def test_low_rank_weights_are_chosen_by_name(name: str) -> None:
     reference, recipe = Bench(methods=(name,)).recipes()
     assert (reference.name, reference.layers, reference.restarts) == ("adamw", None, None)
-    assert recipe in SUITES["quick"].low_rank and recipe.name == name
+    assert recipe == presets("quick")[name] and recipe.name == name
     assert recipe.layers is not None and isinstance(recipe.method, AdamW)
 
 

@@ -198,7 +198,7 @@ def test_last_row_of_a_label_wins(tmp_path: Path) -> None:
     def row(perplexity: float, log: Path) -> dict[str, Any]:
         outcome = {"perplexity": perplexity, "step_time_ratio": 1.25, "state_bytes": 3 * MIB, "lr": 0.001, "seed": 0}
         name = log.relative_to(tmp_path).as_posix()
-        return {"suite": "quick", "label": "thin one", "method": "thin", "steps": 100, "log": name} | outcome
+        return {"table": "quick", "label": "thin one", "method": "thin", "steps": 100, "log": name} | outcome
 
     logs = [write_run(tmp_path / attempt, "thin", 0.001, 0, 50.0) for attempt in ("first", "second")]
     write_lines(tmp_path / "rows.jsonl", [row(40.0, logs[0]), row(25.0, logs[1])])

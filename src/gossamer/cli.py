@@ -20,12 +20,17 @@ import gossamer
 from gossamer.bench import (
     Bench,
     Evaluate,
+    Reproduce,
+    Search,
     StepBench,
     bench,
     bench_step,
     evaluate_model,
+    reproduce,
+    search,
     step_table,
     summary_table,
+    trials_table,
     write_page,
     write_report,
 )
@@ -118,11 +123,22 @@ def run_bench(argv: list[str]) -> None:
     print(write_report(folder))
 
 
+def run_sweep(argv: list[str]) -> None:
+    options = _parse(Search, "sweep", argv)
+    table, lines = trials_table(search(options))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    print(*lines, options.folder / "rows.jsonl", sep="\n")
+
+
 def _run_bench_step(argv: list[str]) -> None:
     options = _parse(StepBench, "bench step", argv)
     rows = bench_step(options)
     Console(width=None if sys.stdout.isatty() else 160).print(step_table(rows))
     print(write_page(options.out))
+
+
+def run_reproduce(argv: list[str]) -> None:
+    reproduce(_parse(Reproduce, "reproduce", argv))
 
 
 def run_report(argv: list[str]) -> None:
@@ -254,6 +270,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "finetune": (run_finetune, "train a model that is there on prompts and answers, or on labels"),
     "eval": (run_eval, "score a model: perplexity, GSM8K, MATH-500, HumanEval, MBPP, GLUE, lm-eval's tasks"),
     "bench": (run_bench, "train every method on the same data and compare them; bench step: time their steps"),
+    "reproduce": (run_reproduce, "train the tables of papers, and print ours beside theirs"),
+    "sweep": (run_sweep, "look for a method's learning rate, and values of its knobs, within a budget of tokens"),
     "report": (run_report, "draw the results that are there"),
     "memory": (run_memory, "predict what training takes"),
     "methods": (run_methods, "list every optimizer and every low-rank layer"),

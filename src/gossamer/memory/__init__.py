@@ -3,7 +3,7 @@ what a step, or training, takes, measured."""
 
 from gossamer.memory.activations import activations, longest_row
 from gossamer.memory.budget import Candidate, Size, candidates, parse_size
-from gossamer.memory.measure import Measured, Training, measure_step, measure_training
+from gossamer.memory.measure import Measured, Training, measure_step, measure_training, meter
 from gossamer.memory.predict import BUFFERS, FROZEN, Line, Memory, meta_model, predict
 from gossamer.memory.step import Alive, Step
 
@@ -24,6 +24,7 @@ __all__ = [
     "measure_step",
     "measure_training",
     "meta_model",
+    "meter",
     "parse_size",
     "predict",
 ]

@@ -1,0 +1,83 @@
+"""What runs say about a claim, by arithmetic that is stated: intervals of log perplexities at 95 %.
+
+A cell is its finished runs at one learning rate, a log perplexity x_i a seed, n of them, mean x and sample deviation s.
+
+- Against a published perplexity p, which is one run of its authors: `x +- t(n - 1) s sqrt(1 + 1/n)`, where one more run
+  of ours would lie. Within it p agrees; beyond it ours is better or worse.
+- Two cells of ours: Welch's interval of the difference of means, `x_a - x_b +- t(nu) sqrt(s_a^2/n_a + s_b^2/n_b)`.
+  "a before b" holds where all of it lies below the claim's margin, and is refuted where all of it lies above.
+
+One seed has no deviation, and so no verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, variance
+
+from scipy.special import stdtrit
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    low: float
+    high: float
+
+
+def of_one_more(values: Sequence[float]) -> Interval:
+    """Where one more value like these, at least two, lies."""
+    n = len(values)
+    half = _quantile(n - 1) * math.sqrt(variance(values) * (1 + 1 / n))
+    return Interval(fmean(values) - half, fmean(values) + half)
+
+
+def of_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """Welch's interval of mean(a) - mean(b), at least two values each."""
+    parts = variance(a) / len(a), variance(b) / len(b)
+    difference = fmean(a) - fmean(b)
+    if not any(parts):
+        return Interval(difference, difference)
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(it) - 1) for part, it in zip(parts, (a, b), strict=True))
+    half = _quantile(freedom) * math.sqrt(sum(parts))
+    return Interval(difference - half, difference + half)
+
+
+def against_published(perplexities: Sequence[float | None], published: float) -> str:
+    """Ours, one a seed, None where a run diverged, beside a paper's: a verdict in words."""
+    if (logs := _logs(perplexities)) is None:
+        return "diverged"
+    if len(logs) < 2:
+        return "one seed: no verdict" if logs else "no run"
+    interval = of_one_more(logs)
+    if math.log(published) > interval.high:
+        return "ours is better"
+    return "ours is worse" if math.log(published) < interval.low else "agrees"
+
+
+def of_order(better: Sequence[float | None], worse: Sequence[float | None], margin: float) -> str:
+    """Whether the first method's perplexities are no higher than the second's: a verdict in words."""
+    if not better or not worse:
+        return "no run"
+    a, b = _logs(better), _logs(worse)
+    if a is None or b is None:
+        return (
+            "both diverged" if a is None and b is None else "refuted: diverged" if a is None else "holds: it diverged"
+        )
+    if len(a) < 2 or len(b) < 2:
+        return "one seed: no verdict"
+    interval = of_difference(a, b)
+    word = "holds" if interval.high < margin else "refuted" if interval.low > margin else "undecided"
+    return f"{word}: {interval.low:+.4f} to {interval.high:+.4f}"
+
+
+def _logs(perplexities: Sequence[float | None]) -> list[float] | None:
+    finite = [math.log(value) for value in perplexities if value is not None]
+    return finite if len(finite) == len(perplexities) else None
+
+
+def _quantile(freedom: float) -> float:
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))
