@@ -294,6 +294,26 @@ def test_a_claim_has_the_fields_that_its_file_has() -> None:
     assert list(Published.__dataclass_fields__) == ["method", "size", "perplexity", "gigabytes", "source", "caveats"]
 
 
+def test_laws_over_compute_are_drawn_of_rows_with_a_whole_configuration(tmp_path: Path) -> None:
+    rows = []
+    for steps, perplexity in ((100, 30.0), (200, 25.0), (400, 20.0)):
+        config = as_written(Pretrain(MLorc(), model="tiny", steps=steps))
+        rows.append(row("mlorc", 0.001, perplexity, steps=steps, label=f"{steps}", config=config))
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    figures, _ = embedded(write_report(tmp_path).read_text())
+    assert any("exponent" in trace.get("name", "") for trace in figures["scaling"]["data"])
+    write_lines(path, [rows[0], rows[1] | {"perplexity": -1.0}])
+    with pytest.raises(UserError, match="Loss and compute: a row is not as it was written"):
+        write_report(tmp_path)
+
+
+def test_a_method_with_measurements_alone_has_a_page(results: Path) -> None:
+    for name in ("ours", "logs"):
+        (results / name).rename(results.parent / name)
+    page = read_site(results)["methods/mlorc.html"]
+    assert "step.html" in page and "Results" not in page
+
+
 # ---- a method's page -------------------------------------------------------------------------------------------------
 
 

@@ -151,9 +151,9 @@ class Method:
     """One method: all its runs, and its finished ones by learning rate, the best rate first."""
 
     name: str
-    setting: str
     runs: tuple[Run, ...]
     rates: tuple[Rate, ...]
+    setting: str = ""
 
     @property
     def title(self) -> str:
@@ -283,7 +283,7 @@ def _method(setting: str, name: str, runs: list[Run]) -> Method:
     finished = [run for run in runs if run.finished]
     tried = dict.fromkeys(run.rate for run in finished)
     rates = [Rate(rate, tuple(run for run in finished if run.rate == rate)) for rate in tried]
-    return Method(name, setting, tuple(runs), tuple(sorted(rates, key=_rank)))
+    return Method(name, tuple(runs), tuple(sorted(rates, key=_rank)), setting)
 
 
 def baseline(methods: list[Method], setting: str = "") -> Rate | None:

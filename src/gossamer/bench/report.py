@@ -12,15 +12,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from gossamer.bench import plots, words
+from gossamer.bench import plots, scaling, sweep, words
 from gossamer.bench.again import command
-from gossamer.bench.page import SAVE, Page, Rows, filters, plain_table, shown_for, table_row
+from gossamer.bench.page import SAVE, Page, Rows, filters, plain_table, prose, shown_for, table_row
 from gossamer.bench.plots import Figure, Style
-from gossamer.bench.reading import BASELINE, Method, Published, Run, as_facts, baseline, facets_of, facets_of_row
+from gossamer.bench.reading import (
+    BASELINE,
+    Method,
+    Published,
+    Run,
+    as_facts,
+    baseline,
+    facets_of,
+    facets_of_row,
+    leaves,
+)
 from gossamer.bench.table import cells
 from gossamer.bench.words import MISSING
+from gossamer.errors import UserError
 
 BEST = (
     "Of each method the best learning rate tried: the one with the lowest mean perplexity, or the highest mean score, "
@@ -41,8 +53,36 @@ class Drawn(NamedTuple):
     """None where there is nothing to draw."""
 
 
-OF_ROWS: tuple[Drawn, ...] = ()
-"""Drawn after those of :mod:`gossamer.bench.plots`."""
+OF_ROWS = (
+    Drawn(
+        "sweep",
+        "Sweeps",
+        "Each trial of `gossamer sweep` is a point, the best of each sweep is ringed.",
+        sweep.figure,
+    ),
+    Drawn(
+        "scaling",
+        "Loss and compute",
+        "The best run of each size; a line is a power law, its band the uncertainty of its mean (docs/scaling.md).",
+        scaling.figure,
+    ),
+    Drawn(
+        "transfer",
+        "Learning rates over sizes",
+        "The best rate of each size, bars to the neighbours that were tried; hollow: at the edge of what was tried.",
+        scaling.transfer,
+    ),
+)
+"""Drawn after those of :mod:`gossamer.bench.plots`, of rows with a whole configuration of pre-training."""
+WHOLE: dict[str, Any] = {
+    "model": str,
+    "steps": int,
+    "batch_size": int,
+    "lr": float,
+    "data.data": str,
+    "data.seq_len": int,
+}
+"""What such a configuration has at least."""
 
 COLUMNS = ("perplexity", "perplexity ratio", "weights", "state", "memory ratio", "hidden", "hidden ratio", "step time",
            "seconds", "speed", "legacy")  # fmt: skip
@@ -57,10 +97,31 @@ HEAD = """<thead>
 </thead>"""
 
 
+def of_rows(methods: list[Method]) -> dict[str, Figure]:
+    """What `OF_ROWS` draws.
+
+    Raises:
+        UserError: a row is not as a run writes it.
+    """
+    rows = []
+    for row in (run.row for method in methods for run in method.runs):
+        known = dict(leaves(row.get("config")))
+        if "perplexity" in row and all(isinstance(known.get(name), kind) for name, kind in WHOLE.items()):
+            rows.append(row)
+    figures = {}
+    for it in OF_ROWS:
+        try:
+            figures[it.id] = it.draw(rows)
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{it.title}: a row is not as it was written ({type(error).__name__}: {error})") from None
+    return {name: figure for name, figure in figures.items() if figure}
+
+
 def runs_page(
     title: str,
     methods: list[Method],
     *,
+    more: Mapping[str, Figure] = MappingProxyType({}),
     name: str = "rows",
     published: Sequence[Published] = (),
     pictures: Sequence[Path] = (),
@@ -69,6 +130,7 @@ def runs_page(
     """Results, curves and everything else that is known of runs.
 
     Args:
+        more: what `of_rows` drew.
         name: of the CSV.
         published: what papers report of the same sizes.
         pictures: SVG files to show as they are.
@@ -81,7 +143,7 @@ def runs_page(
         "loss": plots.loss(methods, styles),
         "memory": plots.memory(methods, styles, published),
         "rates": plots.rates(methods, styles),
-        **{it.id: it.draw(rows) for it in OF_ROWS},
+        **more,
     }
     drawn = _with_own_legends(figures)
     diagnosed = plots.diagnostics(methods, styles)
@@ -288,7 +350,7 @@ PLOTS = {
 def _plot(name: str, methods: list[Method], styles: dict[str, Style]) -> str:
     title, note = (PLOTS | {it.id: (it.title, it.note) for it in OF_ROWS})[name]
     key = KEYS[name](methods, styles) if name in KEYS else ""
-    return f'<h2>{title}</h2>\n<p class="note">{note}</p>\n<div class="plot" id="{name}"></div>{key}'
+    return f'<h2>{title}</h2>\n<p class="note">{prose(note)}</p>\n<div class="plot" id="{name}"></div>{key}'
 
 
 QUANTITIES = {

@@ -21,8 +21,9 @@ from typing import Any
 
 from gossamer.bench import step, words
 from gossamer.bench.page import GENERATED, PLOTLY, Page, library_text, plain_table, prose
+from gossamer.bench.plots import Figure
 from gossamer.bench.reading import Method, Published, Run, facets_of_row, leaves, load_files, read_published
-from gossamer.bench.report import method_page, rows_page, runs_page, summary
+from gossamer.bench.report import method_page, of_rows, rows_page, runs_page, summary
 from gossamer.errors import UserError
 from gossamer.layers import PARAMETRIZATIONS
 from gossamer.optim.contract import methods as registered
@@ -51,6 +52,8 @@ class Table:
     methods: list[Method] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     published: list[Published] = field(default_factory=list)
+    more: dict[str, Figure] = field(default_factory=dict)
+    """Figures of the rows of runs."""
 
     @property
     def name(self) -> str:
@@ -126,7 +129,8 @@ def read(source: Source, table: str | None = None) -> Table:
     if of_runs or any("perplexity" in row or "score" in row for row in rows):
         claims = source.folder / "claims.json"
         published = read_published(claims) if source.rows and of_runs and claims.is_file() else []
-        return Table(source, load_files(source.folder, source.rows, source.logs, table), published=published)
+        methods = load_files(source.folder, source.rows, source.logs, table)
+        return Table(source, methods, published=published, more=of_rows(methods))
     if not rows:
         raise UserError(f"{source.rows}: no rows")
     return Table(source, rows=rows)
@@ -135,7 +139,7 @@ def read(source: Source, table: str | None = None) -> Table:
 def _page(table: Table, title: str, link: Callable[[str], str] = escape) -> Page:
     name = re.sub(r"\W+", "-", table.name)
     if table.methods:
-        return runs_page(title, table.methods, name=name, published=table.published, link=link)
+        return runs_page(title, table.methods, more=table.more, name=name, published=table.published, link=link)
     if _of_steps(table):
         return step.page_of(step.latest(table.rows), title, name)
     assert table.source.rows
