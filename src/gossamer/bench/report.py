@@ -104,10 +104,10 @@ def of_rows(methods: list[Method]) -> dict[str, Figure]:
         UserError: a row is not as a run writes it.
     """
     rows = []
-    for row in (run.row for method in methods for run in method.runs):
-        known = dict(leaves(row.get("config")))
-        if "perplexity" in row and all(isinstance(known.get(name), kind) for name, kind in WHOLE.items()):
-            rows.append(row)
+    for run in (run for method in methods for run in method.runs):
+        known = dict(leaves(run.row.get("config")))
+        if "perplexity" in run.row and all(isinstance(known.get(name), kind) for name, kind in WHOLE.items()):
+            rows.append(run.row | {"label": run.label, "method": run.method})
     figures = {}
     for it in OF_ROWS:
         try:
