@@ -84,7 +84,7 @@ def results(tmp_path: Path) -> Path:
         write_run(folder / "logs", "adamw", 0.001, seed, 30.0 + seed)
     log = write_run(folder / "logs", "mlorc", 0.001, 0, 31.0)
     log.write_text(log.read_text() + json.dumps(look(7, "thin")) + "\n")
-    write_lines(folder / "step.jsonl", [step_row("mlorc", rank, 0.5 + rank) for rank in (4, 32)])
+    write_lines(folder / "step.jsonl", [step_row("mlorc", rank, 0.5 + rank) for rank in (4, 32, 4)])
     write_lines(folder / "memory.jsonl", [{"method": "mlorc", "peak": {"mib": 2.5}, "note": 'a "b",\nc', "none": None}])
     (folder / "memory_cpu.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     (folder / "torn.jsonl").write_text('{"a": 1}\n{"b":\n{"c": 3}\n')
@@ -130,7 +130,7 @@ def test_every_file_is_listed_with_what_became_of_it(results: Path) -> None:
         "3 logs of results": "a table, loss, memory, update_rms, overlap",
         "memory.jsonl": "a table, a picture beside it",
         "ours/rows.jsonl": "a table, loss, memory, rates",
-        "step.jsonl": "a table, adamw",
+        "step.jsonl": "a table, adamw, 1 row superseded by later ones",
         "torn.jsonl": lines["torn.jsonl"],
         "gsm8k-001.samples.jsonl": "samples of an evaluation: not drawn",
     }

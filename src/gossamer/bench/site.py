@@ -54,6 +54,8 @@ class Table:
     published: list[Published] = field(default_factory=list)
     more: dict[str, Figure] = field(default_factory=dict)
     """Figures of the rows of runs."""
+    superseded: int = 0
+    """Rows that a later one of the same label, or of the same case, replaces."""
 
     @property
     def name(self) -> str:
@@ -130,30 +132,33 @@ def read(source: Source, table: str | None = None) -> Table:
         claims = source.folder / "claims.json"
         published = read_published(claims) if source.rows and of_runs and claims.is_file() else []
         methods = load_files(source.folder, source.rows, source.logs, table)
-        return Table(source, methods, published=published, more=of_rows(methods))
+        kept = [run.row for method in methods for run in method.runs]
+        superseded = sum(row not in kept for row in rows)
+        return Table(source, methods, published=published, more=of_rows(methods), superseded=superseded)
     if not rows:
         raise UserError(f"{source.rows}: no rows")
-    return Table(source, rows=rows)
+    kept = step.latest(rows) if _of_steps(rows) else rows
+    return Table(source, rows=kept, superseded=len(rows) - len(kept))
 
 
 def _page(table: Table, title: str, link: Callable[[str], str] = escape) -> Page:
     name = re.sub(r"\W+", "-", table.name)
     if table.methods:
         return runs_page(title, table.methods, more=table.more, name=name, published=table.published, link=link)
-    if _of_steps(table):
-        return step.page_of(step.latest(table.rows), title, name)
+    if _of_steps(table.rows):
+        return step.page_of(table.rows, title, name)
     assert table.source.rows
     return rows_page(title, table.rows, name=name, pictures=_pictures(table.source.rows))
 
 
-def _of_steps(table: Table) -> bool:
+def _of_steps(rows: list[dict[str, Any]]) -> bool:
     numbers = ("ratio", "ratio_min", "ratio_max", "milliseconds", "rival_milliseconds")
     return all(
         {"rival", *step.CASE, *step.SETTING[:-1]} <= row.keys()
         and all(isinstance(row.get(name), int | float) for name in numbers)
         and isinstance(row.get("hardware"), dict)
         and "threads" in row["hardware"]
-        for row in table.rows
+        for row in rows
     )
 
 
@@ -191,7 +196,7 @@ def _write_site(directory: Path, sources: list[Source], out: Path) -> Path:
     drawn: dict[str, str] = {}
     for table in tables:
         page = _page(table, table.name, lambda name: to("methods", name))
-        drawn[table.name] = _what(page)
+        drawn[table.name] = _what(page, table.superseded)
         _write(page, out / addresses["tables", table.name], above)
     for name in names:
         _write(_method_page(name, tables, to), out / addresses["methods", name], above)
@@ -221,10 +226,11 @@ def _write(page: Page, path: Path, above: str) -> None:
     replace(page, body=[above, *page.body]).write(path, plotly=f"../{PLOTLY}")
 
 
-def _what(page: Page) -> str:
+def _what(page: Page, superseded: int) -> str:
     """What a page draws, in words."""
+    left = [f"{words.plural(superseded, 'row')} superseded by later ones"] if superseded else []
     pictures = list(page.figures) + ["a picture beside it"] * sum("<img " in part for part in page.body)
-    return ", ".join(["a table", *pictures])
+    return ", ".join(["a table", *pictures, *left])
 
 
 def _methods_of(table: Table) -> dict[str, int]:
