@@ -1,6 +1,6 @@
 """Comparing methods: suites, the runner and the report; the time of a step; scoring a model."""
 
-from gossamer.bench.claim import Claim, Order, Run, Sweep, Table
+from gossamer.bench.claim import Claim, Follow, Order, Run, Sweep, Table
 from gossamer.bench.evaluation import Evaluate, evaluate_model
 from gossamer.bench.report import write_report
 from gossamer.bench.reproduce import Reproduce, reproduce
@@ -14,6 +14,7 @@ __all__ = [
     "Bench",
     "Claim",
     "Evaluate",
+    "Follow",
     "Order",
     "Recipe",
     "Reproduce",
