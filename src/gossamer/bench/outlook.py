@@ -19,14 +19,14 @@ SIDE, SECONDS = 1024, 1.0
 
 
 def plan_table(runs: Iterable[Run]) -> Grid:
-    """A line for each run.
+    """A line for each run; `rows` are those of a forward pass.
 
     Bytes are those of one process that holds the whole model and steps by the reference. Hours are at least: all matrix
     products of forward and backward passes, at the rate of one product here.
     """
     grid = Grid(title="GiB of one process; hours on one device like this, at the least")
-    for column in ("size", "method", "rate", "steps", "tokens", "weights", "gradients", "state", "step", "activations",
-                   "of rows", "total", "hours"):  # fmt: skip
+    for column in ("size", "method", "rate", "steps", "tokens", "rows", "weights", "gradients", "state", "step",
+                   "activations", "total", "hours"):  # fmt: skip
         grid.add_column(column, justify="left" if column in ("size", "method") else "right", no_wrap=True)
     grid.add_column("not the paper's")
     for run in runs:
@@ -40,10 +40,10 @@ def plan_table(runs: Iterable[Run]) -> Grid:
         slots = config.steps * config.batch_size * config.data.seq_len
         passes = config.steps * config.batch_size / rows
         hours = passes * _operations(config.model, config.layers, rows, config.data.seq_len) / 3600
-        gib = [f"{size / 2**30:.2f}" for size in sizes]
+        gib = [f"{size / 2**30:,.3g}" for size in (*sizes, sum(sizes))]
         grid.add_row(
-            run.size, run.method, f"{config.lr:g}", f"{config.steps:,}", f"{slots / 1e6:,.1f} M", *gib, str(rows),
-            f"{sum(sizes) / 2**30:.2f}", f"{hours / _rate(config.device, dtype):,.2f}", run.caveats,
+            run.size, run.method, f"{config.lr:g}", f"{config.steps:,}", f"{slots / 1e6:,.1f} M", str(rows), *gib,
+            f"{hours / _rate(config.device, dtype):,.2f}", run.caveats,
         )  # fmt: skip
     return grid
 

@@ -69,9 +69,7 @@ def of_order(better: Sequence[float | None], worse: Sequence[float | None], marg
         return "no run"
     a, b = _logs(better), _logs(worse)
     if a is None or b is None:
-        return (
-            "both diverged" if a is None and b is None else "refuted: diverged" if a is None else "holds: it diverged"
-        )
+        return "both diverged" if a is b else "refuted: it diverged" if a is None else "holds: the other diverged"
     if len(a) < 2 or len(b) < 2:
         return "one seed: no verdict"
     interval = of_difference(a, b)
