@@ -8,7 +8,6 @@ no suite.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -67,7 +66,7 @@ def write_preset(suite: str, recipe: Recipe, evidence: Mapping[str, Any]) -> Non
     }
     kept = [old for _, old in jsonl.read(PRESETS) if (old["suite"], old["name"]) != (suite, recipe.name)]
     lines = sorted([*kept, line], key=lambda it: (it["suite"], it["name"]))
-    draft = PRESETS.with_suffix(f".{os.getpid()}.tmp")
+    draft = PRESETS.with_suffix(".tmp")
     draft.write_text("".join(json.dumps(it) + "\n" for it in lines))
     draft.replace(PRESETS)
 

@@ -21,11 +21,11 @@ import tyro
 from rich.table import Table
 
 from gossamer.bench import words
-from gossamer.bench.claim import Run
+from gossamer.bench.claim import Finished, Run
 from gossamer.bench.plots import Figure, Style, _axis, _figure, _text, styles_of
 from gossamer.bench.reading import Method
 from gossamer.bench.recipes import Recipe, presets, write_preset
-from gossamer.bench.runner import Finished, Rows, work
+from gossamer.bench.runner import Rows, of_main, work
 from gossamer.bench.space import Knob, owner_of, parse, place, spread
 from gossamer.bench.suite import SUITES
 from gossamer.errors import UserError, nearest
@@ -225,7 +225,7 @@ class Study:
 
     def run(self, trial: optuna.trial.FrozenTrial) -> Run:
         config = self.config(self._values(trial))
-        return Run(f"sweep {self.options.name}", self.options.size_name, self.options.name, config, trial.number)
+        return Run(f"sweep {self.options.name}", self.options.size_name, self.options.name, config, trial=trial.number)
 
     def _values(self, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
         return {knob.name: knob.value(trial.params[knob.name]) for knob in self.knobs}
@@ -367,7 +367,7 @@ def search(options: Search) -> Study:
     study = Study(options)
     work(study.wanted, study.rows, device=options.device, rounds=ROUNDS, keep=False, watch=study.watch)
     if options.write:
-        _write(study)
+        of_main(options.device, lambda _: _write(study))
     return study
 
 
