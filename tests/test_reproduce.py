@@ -340,6 +340,16 @@ def test_hours_are_operations_over_a_rate(monkeypatch: pytest.MonkeyPatch) -> No
     assert float(str(hours).replace(",", "")) == pytest.approx(6 * linear * tokens / 1e12 / 3600, abs=5e-3)
 
 
+def test_the_page_has_a_table_that_loads(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/reproduce.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "own.py").write_text(code)
+    (table,) = tables_in(tmp_path / "own.py").values()
+    assert [table.run("tiny", method, 1).label for method in table.methods] == [
+        "tiny adamw lr 0.001 seed 1",
+        "tiny galore lr 0.0006 seed 1",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
