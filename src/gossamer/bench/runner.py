@@ -7,8 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,18 +47,14 @@ class Rows:
         self._held: dict[str, TextIO] = {}
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """The last row of each label. A last line torn by a kill is cut off; its run is made again."""
-        if not self.path.exists():
-            return {}
-        with self._alone():
-            jsonl.mend(self.path)
-        return {row["label"]: row for _, row in jsonl.read(self.path)}
+        """The last row of each label. A last line torn by a kill is passed over; its run is made again."""
+        return {row["label"]: row for _, row in jsonl.read(self.path)} if self.path.exists() else {}
 
     def append(self, row: dict[str, Any]) -> None:
-        with self._alone():
+        with self.path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             jsonl.mend(self.path)
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row) + "\n")
 
     def take(self, wanted: Wanted) -> Run | None:
         """The first run that is wanted, not there and held by nobody; it is held from now on. None: all are there.
@@ -100,12 +95,6 @@ class Rows:
         else:
             file.close()
         return held
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        with self.path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
 
 def work(wanted: Wanted, rows: Rows, *, device: str, rounds: int, keep: bool) -> None:
