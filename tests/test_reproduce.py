@@ -97,9 +97,9 @@ def test_a_table_is_trained_and_judged(
     printed = capsys.readouterr().out
     made = rows()
     tried = [(row["method"], row["lr"], row["seed"]) for row in made]
-    broad = [(method, lr) for place in (1, 2) for method, lr in ALONE_AT(place)]
-    assert tried[:6] == [(method, lr, 0) for method, lr in broad]  # cheap and broad first
-    assert {(method, seed) for method, _, seed in tried[6:]} == {(method, 1) for method in METHODS}
+    rates = {"adamw": 1e-3, "lion": 1e18, "low-rank-restarts": 1e-3}
+    assert tried[:6] == [(method, lr * factor, 0) for factor in (1, 2) for method, lr in rates.items()]  # broad first
+    assert [(method, seed) for method, _, seed in tried[6:]] == [(method, 1) for method in rates]
     for row in made:
         assert (row["table"], row["size"]) == ("stand-in", "nano")
         assert row["label"] == f"nano {row['method']} lr {row['lr']:g} seed {row['seed']}"
@@ -129,13 +129,6 @@ def test_a_table_is_trained_and_judged(
     assert capsys.readouterr().out == printed
     assert main(stand_in("--methods", "adamw,lion", "--no-train")) == 0
     assert "low-rank" not in capsys.readouterr().out.split("verdicts")[0].split("stand-in")[1].split("nano: ")[0]
-
-
-METHODS = ("adamw", "lion", "low-rank-restarts")
-
-
-def ALONE_AT(place: int) -> list[tuple[str, float]]:
-    return [("adamw", 1e-3 * place), ("lion", 1e18 * place), ("low-rank-restarts", 1e-3 * place)]
 
 
 def test_two_processes_share_a_table_after_one_was_killed(stand_in: Callable[..., list[str]]) -> None:
