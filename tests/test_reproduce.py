@@ -72,7 +72,7 @@ def stand_in(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     """The words of a command for a table of three methods that train for four steps."""
     (tmp_path / "stand_in.py").write_text(STAND_IN.format(model=str(tiny / "config.json")))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "PATIENCE", 0.05)
+    monkeypatch.setattr(sys.modules["gossamer.bench.reproduce"], "ROUNDS", 1)  # the package's name is the function
     text = str(tiny / "train.txt")
     return lambda *words: ["reproduce", "stand_in.py::table", "--data", text, "--device", "cpu", *words]
 
@@ -97,9 +97,9 @@ def test_a_table_is_trained_and_judged(
     printed = capsys.readouterr().out
     made = rows()
     tried = [(row["method"], row["lr"], row["seed"]) for row in made]
-    broad = [(method, lr) for place in (1, 2) for method, lr in ALONE_AT(place)]
-    assert tried[:6] == [(method, lr, 0) for method, lr in broad]  # cheap and broad first
-    assert {(method, seed) for method, _, seed in tried[6:]} == {(method, 1) for method in METHODS}
+    rates = {"adamw": 1e-3, "lion": 1e18, "low-rank-restarts": 1e-3}
+    assert tried[:6] == [(method, lr * factor, 0) for factor in (1, 2) for method, lr in rates.items()]  # broad first
+    assert [(method, seed) for method, _, seed in tried[6:]] == [(method, 1) for method in rates]
     for row in made:
         assert (row["table"], row["size"]) == ("stand-in", "nano")
         assert row["label"] == f"nano {row['method']} lr {row['lr']:g} seed {row['seed']}"
@@ -108,6 +108,9 @@ def test_a_table_is_trained_and_judged(
         assert set(row["memory"]["predicted"]) == {"weights", "gradients", "state", "activations", "step"}
         assert row["memory"]["peak"] is None or set(row["memory"]["peak"]) == {"forward", "backward", "step"}
         assert {"config", "versions", "hardware", "commit", "time"} <= set(row)
+        if row["method"] == "lion":
+            assert (row["perplexity"], row["legacy_perplexity"], row["loss"]) == (None, None, None)
+            assert "the loss is" in row["diverged"] and row["tokens"] < 4 * 4 * 32
     whole = next(row for row in made if row["method"] == "low-rank-restarts")
     assert whole["tokens"] == 4 * 4 * 32 and whole["perplexity"] > whole["legacy_perplexity"] > 1
     assert [step for step, _ in whole["curve"]["train"]] == [1, 2, 3, 4]
@@ -128,22 +131,8 @@ def test_a_table_is_trained_and_judged(
     assert "low-rank" not in capsys.readouterr().out.split("verdicts")[0].split("stand-in")[1].split("nano: ")[0]
 
 
-METHODS = ("adamw", "lion", "low-rank-restarts")
-
-
-def ALONE_AT(place: int) -> list[tuple[str, float]]:
-    return [("adamw", 1e-3 * place), ("lion", 1e18 * place), ("low-rank-restarts", 1e-3 * place)]
-
-
-def test_a_diverged_run_is_a_row(stand_in: Callable[..., list[str]]) -> None:
-    assert main(stand_in("--methods", "lion", "--seeds", "1")) == 0
-    for row in rows():
-        assert (row["perplexity"], row["legacy_perplexity"], row["loss"]) == (None, None, None)
-        assert "the loss is" in row["diverged"] and row["tokens"] < 4 * 4 * 32
-
-
 def test_two_processes_share_a_table_after_one_was_killed(stand_in: Callable[..., list[str]]) -> None:
-    words = [sys.executable, "-m", "gossamer", *stand_in("--methods", "adamw", "low-rank-restarts")]
+    words = [sys.executable, "-m", "gossamer", *stand_in("--methods", "adamw")]
     paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     start: Callable[[], subprocess.Popen[str]] = lambda: subprocess.Popen(  # noqa: E731
         words, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -161,7 +150,7 @@ def test_two_processes_share_a_table_after_one_was_killed(stand_in: Callable[...
         _, said = process.communicate(timeout=200)
         assert process.returncode == 0, said
     labels = [row["label"] for row in rows()]
-    assert len(labels) == len(set(labels)) == 6  # two rates with one seed, one with another
+    assert len(labels) == len(set(labels)) == 3  # two rates with one seed, one with another
     assert not list(Path("runs/stand_in_table").glob("*.lock"))
 
 
@@ -197,7 +186,7 @@ def table_of(names: tuple[str, ...], **others: Any) -> Table:
     return Table("t", ("tiny",), names, run, **others)
 
 
-@pytest.mark.parametrize(("best", "rates"), [(1e-3, 4), (4e-3, 5), (1.25e-4, 6), (1.0, 7), (1e-9, 7)])
+@pytest.mark.parametrize(("best", "rates"), [(1e-3, 4), (4e-3, 5), (2.5e-4, 6), (1.0, 7), (1e-9, 7)])
 def test_rates_extend_while_the_best_is_at_the_edge(best: float, rates: int) -> None:
     finished = complete(table_of(("a",), sweep=Sweep((1.0, 2.0, 0.5, 4.0), 7), seeds=1), bowl(best))
     tried = sorted(row["lr"] for row in finished.values())
@@ -263,7 +252,9 @@ def test_intervals_are_those_of_the_textbook() -> None:
     ours = of_difference(a, b)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-9)  # both in float64
     one_more = of_one_more([1.0, 2.0, 3.0])  # t(2) at 97.5 % is 4.30265 in every table
-    assert (one_more.low, one_more.high) == pytest.approx((2 - 4.30265 * (4 / 3) ** 0.5, 2 + 4.30265 * (4 / 3) ** 0.5))
+    assert (one_more.low, one_more.high) == pytest.approx(
+        (2 - 4.30265 * (4 / 3) ** 0.5, 2 + 4.30265 * (4 / 3) ** 0.5), abs=1e-5
+    )
     many = of_one_more([NormalDist().inv_cdf((i + 0.5) / 20_000) for i in range(20_000)])
     assert many.high == pytest.approx(1.96, abs=5e-3)  # the normal limit, and the grid's own error of 1e-3
 
@@ -324,8 +315,7 @@ def test_every_row_can_be_planned(
         config = table.run(size, method, 0).config
         line = shown(printed, method)
         assert line[:3] == [size, method, f"{config.lr:g}"] and line[3] == f"{config.steps:,}"
-        assert float(line[11]) == pytest.approx(sum(map(float, line[6:11])), rel=0.03)  # three digits each
-        # six operations a token and weight, attention and recomputation aside, give or take what layers do
+        assert float(line[11]) == pytest.approx(sum(map(float, line[6:11])), rel=0.01)  # three digits each
         assert float(line[12].replace(",", "")) > 0
 
 
@@ -340,6 +330,16 @@ def test_hours_are_operations_over_a_rate(monkeypatch: pytest.MonkeyPatch) -> No
     assert float(str(hours).replace(",", "")) == pytest.approx(6 * linear * tokens / 1e12 / 3600, abs=5e-3)
 
 
+def test_the_page_has_a_table_that_loads(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/reproduce.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "own.py").write_text(code)
+    (table,) = tables_in(tmp_path / "own.py").values()
+    assert [table.run("tiny", method, 1).label for method in table.methods] == [
+        "tiny adamw lr 0.001 seed 1",
+        "tiny galore lr 0.0006 seed 1",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -348,7 +348,10 @@ def test_hours_are_operations_over_a_rate(monkeypatch: pytest.MonkeyPatch) -> No
         (["papers/nowhere.py::t"], "table: no such Python file: "),
         (["broken.py::t"], "does not run: ZeroDivisionError: division by zero"),
         (["papers/galore.py::table2", "--methods", "galor"], "methods: unknown 'galor' (did you mean 'galore'?)"),
-        (["papers/galore.py::table2", "--sizes", "7b"], "sizes: unknown '7b'; known: 60m, 130m, 350m, 1b"),
+        (
+            ["papers/galore.py::table2", "--sizes", "7b"],
+            "sizes: unknown '7b' (did you mean '1b'?); known: 60m, 130m, 350m, 1b",
+        ),
         (["papers/galore.py::table2", "--seeds", "0"], "seeds: 0 is too small; allowed: an integer >= 1"),
         (["papers/replication.py::tiny"], "data: table 'tiny' has no text of its own; name files by --data"),
         (["papers/replication.py::small", "--data", "x"], "table: its rates are those of tiny, which has no finished"),

@@ -43,7 +43,7 @@ def plan_table(runs: Iterable[Run]) -> Grid:
         gib = [f"{size / 2**30:,.3g}" for size in (*sizes, sum(sizes))]
         grid.add_row(
             run.size, run.method, f"{config.lr:g}", f"{config.steps:,}", f"{slots / 1e6:,.1f} M", str(rows), *gib,
-            f"{hours / _rate(config.device, dtype):,.2f}", run.caveats,
+            f"{hours / _rate(config.device, dtype):,.3f}", run.caveats,
         )  # fmt: skip
     return grid
 

@@ -51,18 +51,13 @@ class Rows:
         self._held: dict[str, TextIO] = {}
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """The last row of each label. A last line torn by a kill is cut off; its run is made again."""
-        if not self.path.exists():
-            return {}
-        with self.alone():
-            jsonl.mend(self.path)
-        return {row["label"]: row for _, row in jsonl.read(self.path)}
+        """The last row of each label. A last line torn by a kill is passed over; its run is made again."""
+        return {row["label"]: row for _, row in jsonl.read(self.path)} if self.path.exists() else {}
 
     def append(self, row: dict[str, Any]) -> None:
-        with self.alone():
+        with self.alone() as file:
             jsonl.mend(self.path)
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row) + "\n")
 
     def take(self, wanted: Wanted) -> Run | None:
         """The first run that is wanted, not there and held by nobody; it is held from now on. None: all are there.
@@ -107,11 +102,11 @@ class Rows:
         return held
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """What no two processes may do to the file, or beside it, at the same time."""
+    def alone(self) -> Iterator[TextIO]:
+        """The file, to append to; what no two processes may do at the same time, to it or beside it, is done within."""
         with self.path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            yield file
 
 
 def work(wanted: Wanted, rows: Rows, *, device: str, rounds: int, keep: bool, watch: Watch | None = None) -> None:
