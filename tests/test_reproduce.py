@@ -19,13 +19,12 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from gossamer.bench import Follow, Run, Sweep, Table, outlook, runner
+from gossamer.bench import Follow, Run, Sweep, Table, outlook, presets, runner
 from gossamer.bench.claim import cell
 from gossamer.bench.reproduce import tables_in
 from gossamer.bench.verdict import against_published, of_difference, of_one_more, of_order
 from gossamer.cli import main
 from gossamer.data import DataConfig
-from gossamer.optim.contract import methods
 from gossamer.optim.methods.adamw import AdamW
 from gossamer.train import Pretrain
 from papers import galore, replication
@@ -228,8 +227,8 @@ def test_a_table_follows_another() -> None:
 
 
 def test_the_replication_has_every_method() -> None:
-    """By the registry: whatever has a preset is compared, and belongs to one family."""
-    names = {name for name, entry in methods().items() if "quick" in entry.traits}
+    """Whatever has a preset is compared, and belongs to one family."""
+    names = set(presets("quick"))
     assert names < set(replication.tiny.methods) and {"lora", "loro"} < set(replication.tiny.methods)
     assert sorted(name for family in replication.FAMILIES.values() for name in family) == sorted(replication.RECIPES)
     fallbacks = {
