@@ -26,6 +26,8 @@ RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512}
 STEPS = {"60m": 11_000, "130m": 20_000, "350m": 60_000, "1b": 100_000, "7b": 150_000}
 """Times 131,072 token slots, padding included: 1.4, 2.6, 7.9, 13.1 and 19.7 billion. Counted without padding they are
 the papers' 1.1, 2.2, 6.4 billion; some say 10,000 steps at 60M."""
+MICRO = {"60m": 128, "130m": 64, "350m": 32, "1b": 16, "7b": 4}
+"""Rows of one forward pass: ours, so that activations take a few GB."""
 ALPHAS = {"60m": 32.0, "130m": 16.0, "350m": 16.0, "1b": 8.0}
 """Of SLTrain, from the scripts of its authors."""
 RESTARTS = Restarts(every=200, recovery_steps=10, scope="all")
@@ -117,6 +119,7 @@ def runs(table: str) -> Callable[[str, str, int], Run]:
             data=DataConfig("hf:allenai/c4:en", tokenizer="t5-base", seq_len=256, packing=False),
             steps=STEPS[size],
             batch_size=512,
+            micro_batch_size=MICRO[size],
             lr=system.lr,
             fallback_lr=system.fallback_lr,
             clip=0.0,
@@ -127,6 +130,6 @@ def runs(table: str) -> Callable[[str, str, int], Run]:
             keep_last=1,
             seed=seed,
         )
-        return Run(table, size, method, config)
+        return Run(table, size, method, config, "" if system.known else "learning rate")
 
     return run

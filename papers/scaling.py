@@ -25,8 +25,7 @@ from gossamer.bench import Table
 from gossamer.bench.scaling import Law, compute, draw, fit, matrix_parameters
 from gossamer.layers import Parametrization
 from gossamer.memory import meta_model
-from papers.efficient_pretraining import benchmark, scale
-from papers.galore import table2
+from papers import efficient_pretraining, galore
 from papers.pretraining import STEPS, SYSTEMS
 
 
@@ -101,6 +100,7 @@ def report() -> Iterator[str]:
     yield "# Loss against compute in published tables"
     yield ""
     yield "Made by `python -m papers.scaling --out results/scaling`. Perplexities as printed; intervals are of 95 %."
+    scale, table2, benchmark = efficient_pretraining.scale, galore.table2, efficient_pretraining.benchmark
     dense = {table.title: [it for it in curves(table) if not _is_thin(it)] for table in (scale, table2)}
     for title, lines in dense.items():
         yield from ("", f"## {title}: dense weights, each method's own law", "")
@@ -173,7 +173,7 @@ def main(options: Options) -> int:
 
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "published.md").write_text(text + "\n")
-        for name, table in (("scale", scale), ("galore", table2)):
+        for name, table in (("scale", efficient_pretraining.scale), ("galore", galore.table2)):
             lines = {it.name: list(zip(it.computes, it.losses, strict=True)) for it in curves(table)}
             figure = go.Figure(draw(lines)).update_layout(template="plotly_white", width=900, height=620)
             figure.write_image(options.out / f"{name}.svg")

@@ -138,7 +138,7 @@ def _run_bench_step(argv: list[str]) -> None:
 
 
 def run_reproduce(argv: list[str]) -> None:
-    reproduce(_parse(Reproduce, "reproduce", argv))
+    reproduce(_parse(Reproduce, "reproduce", argv), Console(width=None if sys.stdout.isatty() else 160))
 
 
 def run_report(argv: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Comparing methods: suites, the runner and the report; the time of a step; scoring a model."""
 
-from gossamer.bench.claim import Claim, Order, Run, Sweep, Table
+from gossamer.bench.claim import Claim, Follow, Order, Run, Sweep, Table
 from gossamer.bench.evaluation import Evaluate, evaluate_model
 from gossamer.bench.recipes import Recipe, presets
 from gossamer.bench.reproduce import Reproduce, reproduce
@@ -16,6 +16,7 @@ __all__ = [
     "Bench",
     "Claim",
     "Evaluate",
+    "Follow",
     "Order",
     "Recipe",
     "Reproduce",

@@ -7,7 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from gossamer.errors import UserError
 from gossamer.train import Pretrain
+
+Finished = Mapping[str, dict[str, Any]]
+"""Rows of finished runs: the last one of each label."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Run:
     method: str
     config: Pretrain[Any, Any, Any]
     """All that is trained, but for the folder it is trained in."""
+    caveats: str = ""
+    """What of it is not the paper's."""
     trial: int | None = None
     """Its number, where more than the learning rate and the seed tells the runs of a cell apart."""
 
@@ -71,6 +77,33 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Follow:
+    """Cells that begin where another table of the same file ended, at the learning rates that were best there."""
+
+    table: str
+    rates: int
+    """Best ones of each method."""
+    leading: int | None = None
+    """Only so many methods, the best there; None: all."""
+    method_of: Callable[[str], str] = str
+    """The other table's method whose rates a method takes."""
+
+    def rates_of(self, methods: Sequence[str], before: Finished) -> dict[str, list[float]]:
+        """Learning rates, the best first, of each method that is to run.
+
+        Raises:
+            UserError: the other table has no finished run of a method.
+        """
+        found = {method: _by_rate(self.method_of(method), before) for method in methods}
+        if missing := [method for method, losses in found.items() if not losses]:
+            raise UserError(f"table: its rates are those of {self.table}, which has no finished run of {missing[0]}")
+        ranked = {method: sorted(losses, key=lambda lr: (losses[lr], lr)) for method, losses in found.items()}
+        if self.leading is not None:
+            methods = sorted(methods, key=lambda method: found[method][ranked[method][0]])[: self.leading]
+        return {method: ranked[method][: self.rates] for method in methods}
+
+
+@dataclass(frozen=True)
 class Table:
     """A table of results: its cells are methods by sizes, and each may carry what was published."""
 
@@ -87,50 +120,95 @@ class Table:
     orders: tuple[Order, ...] = ()
     """Claimed at every size."""
     sweep: Sweep = Sweep()
+    follows: Follow | None = None
+    """Where the learning rates come from, if not from the runs and the factors of `sweep`."""
     seeds: int = 3
     """Of a cell, from 0 on."""
 
     def wanted(
-        self, sizes: Sequence[str], methods: Sequence[str], seeds: int, finished: Mapping[str, dict[str, Any]]
+        self, sizes: Sequence[str], methods: Sequence[str], seeds: int, finished: Finished, before: Finished
     ) -> Iterator[Run]:
-        """The runs of these cells, so far as what is finished tells which they are: cheap and broad ones first."""
+        """The runs of these cells, so far as what is finished tells which they are: cheap and broad ones first.
+
+        Args:
+            before: what the table that this one follows has found.
+        """
         for size in sizes:
-            first = {method: self.run(size, method, 0) for method in methods}
-            tried = {method: self._rates(run.config.lr) for method, run in first.items()}
-            for place in range(len(self.sweep.factors)):
-                for method, run in first.items():
-                    yield run.at(tried[method][place])
-            losses: dict[str, dict[float, float]] = {}
-            for method, run in first.items():
-                while (found := losses_of(run, tried[method], finished)) and (more := self._next_rate(found)):
-                    tried[method].append(more)
-                    yield run.at(more)
-                losses[method] = found
-            if not all(losses.values()):
+            if self.follows is not None:
+                tried = self.follows.rates_of(methods, before)
+            else:
+                rates = {method: self.run(size, method, 0).config.lr for method in methods}
+                tried = {method: [_rounded(lr * it) for it in self.sweep.factors] for method, lr in rates.items()}
+            for place in range(max(map(len, tried.values()))):
+                for method, lrs in tried.items():
+                    if place < len(lrs):
+                        yield self.run(size, method, 0).at(lrs[place])
+            found: dict[str, dict[float, float]] = {}
+            for method, lrs in tried.items():
+                first = self.run(size, method, 0)
+                while (losses := _losses(first, lrs, finished)) and (more := self._next_rate(losses)):
+                    lrs.append(more)
+                    yield first.at(more)
+                found[method] = losses
+            if not all(found.values()):
                 continue
-            best = {method: min(found, key=lambda lr: (found[lr], lr)) for method, found in losses.items()}
-            leading = self.sweep.leading({method: losses[method][lr] for method, lr in best.items()})
+            best = {method: best_rate(losses) for method, losses in found.items()}
+            leading = self.sweep.leading({method: found[method][lr] for method, lr in best.items()})
             for seed in range(1, seeds):
                 for method in leading:
                     yield self.run(size, method, seed).at(best[method])
 
-    def _rates(self, lr: float) -> list[float]:
-        return [_rounded(lr * factor) for factor in self.sweep.factors]
-
-    def _next_rate(self, found: Mapping[float, float]) -> float | None:
-        if len(found) >= self.sweep.most:
+    def _next_rate(self, losses: Mapping[float, float]) -> float | None:
+        if len(losses) >= self.sweep.most:
             return None
-        lowest, highest = min(found), max(found)
-        best = min(found, key=lambda lr: (found[lr], lr))
+        best, lowest, highest = best_rate(losses), min(losses), max(losses)
         return _rounded(lowest / 2) if best == lowest else _rounded(highest * 2) if best == highest else None
 
 
-def losses_of(run: Run, rates: Sequence[float], finished: Mapping[str, dict[str, Any]]) -> dict[float, float]:
-    """The final validation loss at each rate, infinite where the run diverged; empty until all are finished."""
+@dataclass(frozen=True)
+class Cell:
+    """The finished runs of a method at one size, at the learning rate that was best with seed 0."""
+
+    rows: tuple[dict[str, Any], ...]
+    """One a seed."""
+    rates: int
+    """Learning rates tried."""
+
+    def all_of(self, name: str) -> list[float | None]:
+        """A number of each run; None where it diverged."""
+        return [row[name] for row in self.rows]
+
+
+def cell(size: str, method: str, finished: Finished) -> Cell:
+    """What is there of a cell."""
+    losses = _by_rate(method, finished, size)
+    if not losses:
+        return Cell((), 0)
+    lr = best_rate(losses)
+    own = [row for row in finished.values() if (row["size"], row["method"], row["lr"]) == (size, method, lr)]
+    return Cell(tuple(sorted(own, key=lambda row: row["seed"])), len(losses))
+
+
+def best_rate(losses: Mapping[float, float]) -> float:
+    """The smallest of those with the lowest loss."""
+    return min(losses, key=lambda lr: (losses[lr], lr))
+
+
+def _losses(run: Run, rates: Sequence[float], finished: Finished) -> dict[float, float]:
+    """At each rate the final validation loss; empty until all are there."""
     rows = [finished.get(run.at(lr).label) for lr in rates]
-    if None in rows:
-        return {}
-    return {lr: math.inf if row["loss"] is None else row["loss"] for lr, row in zip(rates, rows, strict=True) if row}
+    return {} if None in rows else {lr: _loss(row) for lr, row in zip(rates, rows, strict=True) if row}
+
+
+def _by_rate(method: str, finished: Finished, size: str | None = None) -> dict[float, float]:
+    """At each rate that there is with seed 0, of a size or of the only one."""
+    rows = [row for row in finished.values() if row["method"] == method and row["seed"] == 0]
+    return {row["lr"]: _loss(row) for row in rows if size in (None, row["size"])}
+
+
+def _loss(row: dict[str, Any]) -> float:
+    """Infinite where the run diverged."""
+    return math.inf if row["loss"] is None else row["loss"]
 
 
 def _rounded(lr: float) -> float:

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.console import Console
+from rich.text import Text
 
-from gossamer.bench.claim import Run, Table
-from gossamer.bench.runner import Finished, Rows, work
+from gossamer.bench.claim import Finished, Run, Table
+from gossamer.bench.outlook import plan_table
+from gossamer.bench.runner import Rows, of_main, work
+from gossamer.bench.verdict import show
 from gossamer.errors import UserError, first_line, nearest
 
 ROUNDS = 5
@@ -46,52 +50,85 @@ class Reproduce:
     """Folder of `rows.jsonl`; None: results/<file>_<name>."""
     runs: Path | None = None
     """Folder of logs and checkpoints; None: runs/<file>_<name>. Checkpoints of finished runs are deleted."""
+    train: bool = True
+    """Train what is missing; off: print what is there."""
+    dry_run: bool = False
+    """Print tokens, steps, memory and an estimated time of each cell, and train nothing."""
+    list: bool = False
+    """Name every table of the file or folder with its sizes and methods, and do nothing else."""
 
     def __post_init__(self) -> None:
         if self.seeds is not None and self.seeds < 1:
             raise UserError(f"seeds: {self.seeds} is too small; allowed: an integer >= 1")
 
 
-def reproduce(options: Reproduce) -> None:
-    """Train what is missing of a table.
+def reproduce(options: Reproduce, console: Console) -> None:
+    """Do what the options ask for; results go to the console.
 
     Raises:
         UserError: no such file, table, size or method; no text.
     """
+    if options.list:
+        _list(options.table, console)
+        return
     path, name = _parts(options.table)
-    table = load_table(path, name)
-    cells = Cells(table, options)
-    known = f"{path.stem}_{name}"
-    rows = Rows((options.out or Path("results") / known) / "rows.jsonl", options.runs or Path("runs") / known)
-    work(cells.wanted, rows, device=options.device, rounds=ROUNDS, keep=False)
+    chosen = _Chosen(path, name, options)
+    if options.dry_run:
+        console.print(plan_table(chosen.first_runs()))
+        return
+    if options.train:
+        work(chosen.wanted, chosen.rows, device=options.device, rounds=ROUNDS, keep=False)
+    of_main(options.device, lambda _: show(chosen.table, chosen.sizes, chosen.methods, chosen.rows.read(), console))
 
 
-class Cells:
-    """The part of a table that the options choose."""
+class _Chosen:
+    """The part of a table that the options choose, and where its rows are."""
 
-    def __init__(self, table: Table, options: Reproduce) -> None:
-        self.table, self.options = table, options
-        self.sizes = _chosen("sizes", options.sizes, table.sizes)
-        self.methods = _chosen("methods", options.methods, table.methods)
-        self.seeds = options.seeds or table.seeds
+    def __init__(self, path: Path, name: str, options: Reproduce) -> None:
+        self.options, self.table = options, load_table(path, name)
+        self.sizes = _chosen("sizes", options.sizes, self.table.sizes)
+        self.methods = _chosen("methods", options.methods, self.table.methods)
+        out = options.out or Path("results") / f"{path.stem}_{name}"
+        self.rows = Rows(out / "rows.jsonl", options.runs or Path("runs") / f"{path.stem}_{name}")
+        self.before: Finished = {}
+        if (follows := self.table.follows) is not None:
+            self.before = Rows(out.parent / f"{path.stem}_{follows.table}" / "rows.jsonl", self.rows.runs).read()
 
     def wanted(self, finished: Finished) -> list[Run]:
-        return [self.trained(run) for run in self.table.wanted(self.sizes, self.methods, self.seeds, finished)]
+        seeds = self.options.seeds or self.table.seeds
+        return [self._trained(run) for run in self.table.wanted(self.sizes, self.methods, seeds, finished, self.before)]
 
-    def trained(self, run: Run) -> Run:
+    def first_runs(self) -> list[Run]:
+        """One of each cell."""
+        return [self._in_portions(self.table.run(size, method, 0)) for size in self.sizes for method in self.methods]
+
+    def _trained(self, run: Run) -> Run:
         """The run on the text that the options name."""
-        config, options = run.config, self.options
-        data: Any = {key: value for key in ("data", "tokenizer") if (value := getattr(options, key)) is not None}
-        text = replace(config.data, **data)
+        data: Any = {key: value for key in ("data", "tokenizer") if (value := getattr(self.options, key)) is not None}
+        text = replace(run.config.data, **data)
         if not text.data:
             raise UserError(f"data: table {run.table!r} has no text of its own; name files by --data")
-        return replace(
-            run,
-            config=replace(config, data=text, micro_batch_size=options.micro_batch_size or config.micro_batch_size),
-        )
+        return self._in_portions(replace(run, config=replace(run.config, data=text)))
+
+    def _in_portions(self, run: Run) -> Run:
+        micro = self.options.micro_batch_size or run.config.micro_batch_size
+        return replace(run, config=replace(run.config, micro_batch_size=micro))
+
+
+def _list(text: str, console: Console) -> None:
+    path = Path(text.partition("::")[0])
+    files = sorted(path.glob("*.py")) if path.is_dir() else [path]
+    found = {f"{file}::{name}": table for file in files for name, table in tables_in(file).items()}
+    if not found:
+        raise UserError(f"table: no table in {path}")
+    for name, table in found.items():
+        lines = f"{name}  {table.title}", f"  sizes    {' '.join(table.sizes)}", f"  methods  {' '.join(table.methods)}"
+        for line in lines:
+            console.print(Text(line), soft_wrap=True)
 
 
 def _chosen(what: str, names: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(name for word in names for name in word.split(","))
     for name in names:
         if name not in known:
             raise UserError(f"{what}: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TextIO, TypeVar
 
-from gossamer.bench.claim import Run
+from gossamer.bench.claim import Finished, Run
 from gossamer.bench.probe import probe
 from gossamer.bench.suite import Bench
 from gossamer.distributed import World, start, stop
@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 POINTS = 100
 """Of a curve of training losses in a row, at most."""
+PLACE = ("out", "resume", "device", "micro_batch_size")
+"""Options that say where a run is made and in what portions, and nothing of what it finds."""
 PATIENCE = 2.0
 """Seconds between two looks at what other processes have finished."""
 
-Finished = Mapping[str, dict[str, Any]]
-"""The last row of each label."""
 Wanted = Callable[[Finished], Iterable[Run]]
 """The runs that are to be made, the next one first, asked for one by one; what has been found may ask for more."""
 Watch = Callable[[Run, int, Score], str | None]
@@ -51,18 +51,13 @@ class Rows:
         self._held: dict[str, TextIO] = {}
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """The last row of each label. A last line torn by a kill is cut off; its run is made again."""
-        if not self.path.exists():
-            return {}
-        with self.alone():
-            jsonl.mend(self.path)
-        return {row["label"]: row for _, row in jsonl.read(self.path)}
+        """The last row of each label. A last line torn by a kill is passed over; its run is made again."""
+        return {row["label"]: row for _, row in jsonl.read(self.path)} if self.path.exists() else {}
 
     def append(self, row: dict[str, Any]) -> None:
-        with self.alone():
+        with self.alone() as file:
             jsonl.mend(self.path)
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row) + "\n")
 
     def take(self, wanted: Wanted) -> Run | None:
         """The first run that is wanted, not there and held by nobody; it is held from now on. None: all are there.
@@ -107,11 +102,11 @@ class Rows:
         return held
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """What no two processes may do to the file, or beside it, at the same time."""
+    def alone(self) -> Iterator[TextIO]:
+        """The file, to append to; what no two processes may do at the same time, to it or beside it, is done within."""
         with self.path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            yield file
 
 
 def work(wanted: Wanted, rows: Rows, *, device: str, rounds: int, keep: bool, watch: Watch | None = None) -> None:
@@ -123,19 +118,19 @@ def work(wanted: Wanted, rows: Rows, *, device: str, rounds: int, keep: bool, wa
         rounds: of timed steps. keep: checkpoints of finished runs.
     """
     rows.path.parent.mkdir(parents=True, exist_ok=True)
-    while (run := _of_main(device, lambda _: rows.take(wanted))) is not None:
+    while (run := of_main(device, lambda _: rows.take(wanted))) is not None:
         config = replace(run.config, out=rows.runs / run.folder, resume=True, device=device)
         try:
             pretrain(config, label=run.label, watch=watch and partial(watch, run))
         except Pruned:
-            _of_main(device, partial(_drop, rows, run, config))
+            of_main(device, partial(_drop, rows, run, config))
         except Diverged as error:
-            _of_main(device, partial(_finish, rows, run, config, rounds, keep, str(error)))
+            of_main(device, partial(_finish, rows, run, config, rounds, keep, str(error)))
         else:
-            _of_main(device, partial(_finish, rows, run, config, rounds, keep, None))
+            of_main(device, partial(_finish, rows, run, config, rounds, keep, None))
 
 
-def _of_main(device: str, do: Callable[[World], T]) -> T:
+def of_main(device: str, do: Callable[[World], T]) -> T:
     """What `do` returns on the main process, for all of them."""
     try:
         world = start(device)
@@ -170,7 +165,7 @@ def _is_there(run: Run, finished: Finished) -> bool:
 
 def _same(saved: dict[str, Any], config: Pretrain[Any, Any, Any]) -> bool:
     """Whether a run was made under this configuration, wherever it was made."""
-    return all(key in ("out", "resume", "device") for key, _, _ in differences(saved, config))
+    return all(key in PLACE for key, _, _ in differences(saved, config))
 
 
 def _row(

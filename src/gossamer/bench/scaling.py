@@ -223,7 +223,9 @@ def draw(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
                 "hovertemplate": f"%{{y:.4f}} nats, perplexity %{{text}}, at %{{x:.3g}}<extra>{label}</extra>",
             }
         )
-    x = _axis("compute 6 N D, floating-point operations", type="log", exponentformat="power", dtick=1)
+    every = [compute for line in curves.values() for compute, _ in line]
+    dtick = 1 if max(every) > 100 * min(every) else "D2"  # at powers of ten, or at 1, 2 and 5
+    x = _axis("compute 6 N D, floating-point operations", type="log", exponentformat="power", dtick=dtick)
     return _figure(traces, x, _axis("loss, nats per token", type="log", tickformat=".3~g", nticks=8))
 
 
@@ -260,8 +262,8 @@ def transfer(rows: Iterable[Mapping[str, Any]]) -> Figure | None:
                 "hovertemplate": f"%{{y:.3g}}: %{{text}}<extra>{label}</extra>",
             }
         )
-    x = _axis("matrix parameters N", type="log", tickformat="~s")
-    return _figure(traces, x, _axis("best learning rate", type="log", tickformat="~g"))
+    x = _axis("matrix parameters N", type="log", tickformat="~s", dtick="D2")
+    return _figure(traces, x, _axis("best learning rate", type="log", tickformat="~g", dtick="D2"))
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:

@@ -21,17 +21,18 @@ import tyro
 from rich.table import Table
 
 from gossamer.bench import words
-from gossamer.bench.claim import Run
+from gossamer.bench.claim import Finished, Run
 from gossamer.bench.plots import Figure, Style, _axis, _figure, _text, styles_of
 from gossamer.bench.reading import Method
 from gossamer.bench.recipes import Recipe, presets, write_preset
-from gossamer.bench.runner import Finished, Rows, work
+from gossamer.bench.runner import Rows, of_main, work
 from gossamer.bench.space import Knob, owner_of, parse, place, spread
 from gossamer.bench.suite import SUITES
 from gossamer.errors import UserError, nearest
 from gossamer.evaluate import Score
 from gossamer.optim.contract import methods
 from gossamer.train import Pretrain
+from gossamer.train.config import differences
 
 if TYPE_CHECKING:
     import optuna
@@ -153,24 +154,28 @@ class Study:
 
     def _open(self) -> optuna.Study:
         import optuna
+        from sqlalchemy import URL
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         options = self.options
         pruner = optuna.pruners.MedianPruner(STARTUP) if options.prune else optuna.pruners.NopPruner()
+        database = URL.create("sqlite", database=str(options.folder / "study.db"))
         storage = optuna.storages.RDBStorage(
-            f"sqlite:///{options.folder / 'study.db'}", engine_kwargs={"connect_args": {"timeout": 60}}
+            database.render_as_string(), engine_kwargs={"connect_args": {"timeout": 60}}
         )
         study = optuna.create_study(storage=storage, study_name="sweep", pruner=pruner, load_if_exists=True)
-        now = self.config({}).to_json() | {"out": None, "device": None, "prune": options.prune}
-        now = json.loads(json.dumps({**now, "space": [[knob.name, knob.bounds, knob.choices] for knob in self.knobs]}))
+        config, space = self.config({}), [[knob.name, knob.bounds, knob.choices] for knob in self.knobs]
+        rest = json.loads(json.dumps({"prune": options.prune, "space": space}))
         before = study.user_attrs.get("what")
         if before is None:
             self._begin(study)
-            study.set_user_attr("what", now)
-        elif changed := [name for name in now if before.get(name) != now[name]]:
+            study.set_user_attr("what", {"config": config.to_json(), **rest})
+            return study
+        changed = [(key, before[key], value) for key, value in rest.items() if before[key] != value]
+        for key, old, new in [*differences(before["config"], config), *changed]:
             raise UserError(
-                f"out: {options.folder} holds a study with {changed[0]} {json.dumps(before.get(changed[0]))}, not "
-                f"{json.dumps(now[changed[0]])}; use another --out"
+                f"out: {options.folder} holds a study with {key} {json.dumps(old)}, not {json.dumps(new)}; use another "
+                "--out"
             )
         return study
 
@@ -220,7 +225,7 @@ class Study:
 
     def run(self, trial: optuna.trial.FrozenTrial) -> Run:
         config = self.config(self._values(trial))
-        return Run(f"sweep {self.options.name}", self.options.size_name, self.options.name, config, trial.number)
+        return Run(f"sweep {self.options.name}", self.options.size_name, self.options.name, config, trial=trial.number)
 
     def _values(self, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
         return {knob.name: knob.value(trial.params[knob.name]) for knob in self.knobs}
@@ -272,6 +277,8 @@ class Study:
 
         assert run.trial is not None
         found = self._study.get_trials(deepcopy=False)[run.trial]
+        if found.state.is_finished():
+            return "another process has pruned this trial since it was taken up"
         trial = optuna.trial.Trial(self._study, found._trial_id)
         if step not in found.intermediate_values:  # else it was reported before the trial was resumed
             trial.report(score.loss, step)
@@ -360,7 +367,7 @@ def search(options: Search) -> Study:
     study = Study(options)
     work(study.wanted, study.rows, device=options.device, rounds=ROUNDS, keep=False, watch=study.watch)
     if options.write:
-        _write(study)
+        of_main(options.device, lambda _: _write(study))
     return study
 
 

@@ -17,7 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
 from scipy.special import stdtrit
+
+from gossamer.bench.claim import Cell, Claim, Finished, Table, cell
 
 LEVEL = 0.95
 
@@ -64,9 +69,7 @@ def of_order(better: Sequence[float | None], worse: Sequence[float | None], marg
         return "no run"
     a, b = _logs(better), _logs(worse)
     if a is None or b is None:
-        return (
-            "both diverged" if a is None and b is None else "refuted: diverged" if a is None else "holds: it diverged"
-        )
+        return "both diverged" if a is b else "refuted: it diverged" if a is None else "holds: the other diverged"
     if len(a) < 2 or len(b) < 2:
         return "one seed: no verdict"
     interval = of_difference(a, b)
@@ -81,3 +84,54 @@ def _logs(perplexities: Sequence[float | None]) -> list[float] | None:
 
 def _quantile(freedom: float) -> float:
     return float(stdtrit(freedom, (1 + LEVEL) / 2))
+
+
+ARITHMETIC = (
+    "verdicts, in log perplexity, 95 %: a published number against where one more run of ours would lie; an order by "
+    "Welch's interval of the difference"
+)
+
+
+def show(table: Table, sizes: Sequence[str], methods: Sequence[str], finished: Finished, console: Console) -> None:
+    """Ours beside the paper's, cell by cell; then each order that is claimed, with its verdict."""
+    grid = Grid(title=table.title)
+    for column in ("size", "method", "rate (of)", "n", "perplexity", "legacy", "published", "verdict", "caveats"):
+        grid.add_column(column, justify="left" if column in ("size", "method", "verdict", "caveats") else "right")
+    for size in sizes:
+        cells = {method: cell(size, method, finished) for method in methods}
+        for method in sorted(methods, key=lambda method: _rank(cells[method])):
+            grid.add_row(size, *_line(method, cells[method], table.perplexities.get((method, size))))
+    console.print(grid)
+    for size in sizes:
+        for order in table.orders:
+            for better, worse in zip(order.methods, order.methods[1:], strict=False):
+                a, b = (cell(size, method, finished).all_of("perplexity") for method in (better, worse))
+                within = f" within {order.margin:g}" if order.margin else ""
+                verdict = of_order(a, b, order.margin)
+                console.print(Text(f"{size}: {better} before {worse}{within} ({order.source}): {verdict}"))
+    console.print(Text(ARITHMETIC))
+
+
+def _line(method: str, found: Cell, claim: Claim | None) -> list[str]:
+    published = (
+        [f"{claim.value:.2f}", against_published(found.all_of("legacy_perplexity"), claim.value)] if claim else []
+    )
+    caveats = claim.caveats if claim else ""
+    if not found.rows:
+        return [method, "", "0", "", "", *(published or ["", ""]), caveats]
+    lr = f"{found.rows[0]['lr']:g} ({found.rates})"
+    ours = [_spread(found.all_of(name)) for name in ("perplexity", "legacy_perplexity")]
+    return [method, lr, str(len(found.rows)), *ours, *(published or ["", ""]), caveats]
+
+
+def _spread(perplexities: Sequence[float | None]) -> str:
+    values = [value for value in perplexities if value is not None]
+    if len(values) < len(perplexities):
+        return "diverged"
+    return f"{fmean(values):.2f}" + (f" ± {math.sqrt(variance(values)):.2f}" if len(values) > 1 else "")
+
+
+def _rank(found: Cell) -> float:
+    values = found.all_of("perplexity")
+    whole = [value for value in values if value is not None]
+    return fmean(whole) if whole and len(whole) == len(values) else math.inf
