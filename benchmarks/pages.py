@@ -2,7 +2,7 @@
 
     python benchmarks/pages.py
 
-Each stands between two marks in its page; `tests/test_site.py` makes them again and compares.
+Each stands between two marks in its page; `tests/test_docs_site.py` makes them again and compares.
 """
 
 from __future__ import annotations

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Grid
 
 import gossamer
+from gossamer.bench import Claim, Table
 from gossamer.layers import LowRank, ReLoRA, SLTrain
 from gossamer.memory import BUFFERS, FROZEN, Memory, predict
 from gossamer.optim.groups import HIDDEN
-from papers import PublishedTable, Reliability
-from papers.efficient_pretraining import RANKS, SCALE
-from papers.sltrain import SCRIPTS, TABLE_2
+from papers import efficient_pretraining, sltrain
+from papers.pretraining import ALPHAS, RANKS
 
-TABLES = (SCALE, TABLE_2)
+TABLES = (efficient_pretraining.scale, sltrain.table2)
 TOLERANCE = 0.01
 """GB: the papers print two digits, and some add parts that were rounded before (Full, 1B: 2.68 + 5.36 for 8.034)."""
 
@@ -33,28 +33,23 @@ Predictor = Callable[[str], Memory]
 """What a size ("60m") takes."""
 
 
-def _sltrain(size: str) -> SLTrain:
-    script = SCRIPTS[size]
-    return SLTrain(RANKS[size], alpha=script.alpha, density=script.density)
-
-
 PREDICTORS: dict[str, Predictor] = {
-    "Full": lambda size: predict(size, gossamer.AdamW()),
-    "Stable-SPAM": lambda size: predict(size, gossamer.StableSPAM()),
-    "Muon": lambda size: predict(size, gossamer.Muon()),
-    "GaLore": lambda size: predict(size, gossamer.GaLore(rank=RANKS[size])),
-    "Fira": lambda size: predict(size, gossamer.Fira(rank=RANKS[size])),
-    "APOLLO-Mini": lambda size: predict(size, gossamer.ApolloMini()),
-    "Low-Rank": lambda size: predict(size, gossamer.AdamW(), layers=LowRank(RANKS[size])),
-    "ReLoRA": lambda size: predict(size, gossamer.AdamW(), layers=ReLoRA(RANKS[size])),
-    "SLTrain": lambda size: predict(size, gossamer.AdamW(), layers=_sltrain(size)),
+    "adamw": lambda size: predict(size, gossamer.AdamW()),
+    "stable-spam": lambda size: predict(size, gossamer.StableSPAM()),
+    "muon": lambda size: predict(size, gossamer.Muon()),
+    "galore": lambda size: predict(size, gossamer.GaLore(rank=RANKS[size])),
+    "fira": lambda size: predict(size, gossamer.Fira(rank=RANKS[size])),
+    "apollo-mini": lambda size: predict(size, gossamer.ApolloMini()),
+    "low-rank": lambda size: predict(size, gossamer.AdamW(), layers=LowRank(RANKS[size])),
+    "relora": lambda size: predict(size, gossamer.AdamW(), layers=ReLoRA(RANKS[size])),
+    "sltrain": lambda size: predict(size, gossamer.AdamW(), layers=SLTrain(RANKS[size], alpha=ALPHAS[size])),
 }
-"""By the tables' names of methods."""
+"""By method."""
 
 LEFT_OUT = {
     "SWAN": "no method of this library",
     "SCALE": "no method of this library",
-    "APOLLO": "published with stored projectors; ours are drawn again from a seed",
+    "apollo": "published with stored projectors; ours are drawn again from a seed",
 }
 
 
@@ -64,13 +59,13 @@ def in_gigabytes(memory: Memory) -> float:
 
 
 def _base_twice(size: str) -> float:
-    memory = PREDICTORS["ReLoRA"](size)
+    memory = PREDICTORS["relora"](size)
     base = sum(line.weights for line in memory.lines if line.group not in (*HIDDEN, FROZEN, BUFFERS))
     return in_gigabytes(memory) + base / 1e9
 
 
 def _int64_indices(size: str) -> float:
-    memory = PREDICTORS["SLTrain"](size)
+    memory = PREDICTORS["sltrain"](size)
     int32 = sum(line.weights for line in memory.lines if line.group == BUFFERS)
     return in_gigabytes(memory) + int32 / 1e9
 
@@ -96,17 +91,17 @@ MUON = Departure("one moment for embeddings, head and norms too", _one_moment_th
 RELORA = Departure("embeddings, head and norms counted twice", _base_twice)
 SLTRAIN = Departure("int64 indices: 8 bytes, ours 4", _int64_indices)
 DEPARTURES: dict[tuple[str, str], Departure] = {
-    **{("Muon", size): MUON for size in RANKS},
-    **{("ReLoRA", size): RELORA for size in RANKS},
-    **{("SLTrain", size): SLTRAIN for size in RANKS},
-    ("GaLore", "350m"): Departure("rank 384, not the stated 256", _rank_384(gossamer.GaLore)),
-    ("Fira", "350m"): Departure("rank 384, not the stated 256", _rank_384(gossamer.Fira)),
+    **{("muon", size): MUON for size in RANKS},
+    **{("relora", size): RELORA for size in RANKS},
+    **{("sltrain", size): SLTRAIN for size in RANKS},
+    ("galore", "350m"): Departure("rank 384, not the stated 256", _rank_384(gossamer.GaLore)),
+    ("fira", "350m"): Departure("rank 384, not the stated 256", _rank_384(gossamer.Fira)),
 }
 """By method and size."""
 
 EXCEPTIONS = {
-    (TABLE_2.name, "Low-Rank", "60m"): "0.257 by any count; the table's number is from memory and may be wrong",
-    (TABLE_2.name, "ReLoRA", "60m"): "0.373 as the other sizes are counted; 0.36 is what GaLore's Table 2 has",
+    (sltrain.table2.title, "low-rank", "60m"): "0.257 by any count; the table's number is from memory and may be wrong",
+    (sltrain.table2.title, "relora", "60m"): "0.373 as the other sizes are counted; 0.36 is what GaLore's Table 2 has",
 }
 """Published numbers that no count of ours meets, by table, method and size."""
 
@@ -116,10 +111,9 @@ class Comparison:
     """A published number beside ours, in GB."""
 
     table: str
-    reliability: Reliability
     method: str
     size: str
-    published: float
+    published: Claim
     ours: float
     """What this library takes, in the papers' convention."""
     as_published: float
@@ -127,33 +121,29 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        return self.as_published - self.published
+        return self.as_published - self.published.value
 
     @property
     def note(self) -> str:
         departure = DEPARTURES.get((self.method, self.size))
         exception = EXCEPTIONS.get((self.table, self.method, self.size))
-        return "; ".join(filter(None, (departure and departure.why, exception)))
+        return "; ".join(filter(None, (self.published.caveats, departure and departure.why, exception)))
 
 
-def comparisons(tables: tuple[PublishedTable, ...] = TABLES) -> Iterator[Comparison]:
+def comparisons(tables: tuple[Table, ...] = TABLES) -> Iterator[Comparison]:
     """Every published number of a method that this library has."""
     for table in tables:
-        for method, cells in table.cells.items():
+        for (method, size), published in table.gigabytes.items():
             if method in LEFT_OUT:
                 continue
-            for size, cell in cells.items():
-                if cell.gigabytes is None:
-                    continue
-                ours = in_gigabytes(PREDICTORS[method](size))
-                departure = DEPARTURES.get((method, size))
-                as_published = departure.gigabytes(size) if departure else ours
-                reliability = table.reliability_of(method, size)
-                yield Comparison(table.name, reliability, method, size, cell.gigabytes, ours, as_published)
+            ours = in_gigabytes(PREDICTORS[method](size))
+            departure = DEPARTURES.get((method, size))
+            as_published = departure.gigabytes(size) if departure else ours
+            yield Comparison(table.title, method, size, published, ours, as_published)
 
 
 def main() -> None:
-    table = Table(title="weights and optimizer state in bf16, GB of 1e9 bytes; no gradients, no activations")
+    table = Grid(title="weights and optimizer state in bf16, GB of 1e9 bytes; no gradients, no activations")
     for column in ("table", "method", "size", "published", "ours", "as they count", "difference", "note"):
         words = column in ("table", "method", "size", "note")
         table.add_column(column, justify="left" if words else "right", no_wrap=column != "note")
@@ -161,8 +151,8 @@ def main() -> None:
     for it in comparisons():
         if last != (last := it.table):
             table.add_section()
-        numbers = f"{it.published:.2f}", f"{it.ours:.3f}", f"{it.as_published:.3f}", f"{it.difference:+.3f}"
-        table.add_row(f"{it.table} ({it.reliability})", it.method, it.size, *numbers, it.note)
+        numbers = f"{it.published.value:.2f}", f"{it.ours:.3f}", f"{it.as_published:.3f}", f"{it.difference:+.3f}"
+        table.add_row(it.table, it.method, it.size, *numbers, it.note)
     Console(width=160).print(table)
     for method, why in LEFT_OUT.items():
         print(f"left out: {method}: {why}")

@@ -98,8 +98,8 @@ def page(directory: Path) -> str:
 
 def cells(directory: Path) -> list[list[str]]:
     """The texts of the results table."""
-    body = page(directory).split('class="results"')[1].split("<tbody>")[1].split("</tbody>")[0]
-    rows = re.findall(r"<tr>(.*?)</tr>", body, flags=re.DOTALL)
+    body = page(directory).split('class="ranked results"')[1].split("<tbody>")[1].split("</tbody>")[0]
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", body, flags=re.DOTALL)
     texts = [re.findall(r"<(?:th|td)\b[^>]*>(.*?)</(?:th|td)>", row, flags=re.DOTALL) for row in rows]
     return [[re.sub(r"<[^>]+>", " ", text).replace("\xa0", " ").strip() for text in row] for row in texts]
 
@@ -198,7 +198,7 @@ def test_last_row_of_a_label_wins(tmp_path: Path) -> None:
     def row(perplexity: float, log: Path) -> dict[str, Any]:
         outcome = {"perplexity": perplexity, "step_time_ratio": 1.25, "state_bytes": 3 * MIB, "lr": 0.001, "seed": 0}
         name = log.relative_to(tmp_path).as_posix()
-        return {"suite": "quick", "label": "thin one", "method": "thin", "steps": 100, "log": name} | outcome
+        return {"table": "quick", "label": "thin one", "method": "thin", "steps": 100, "log": name} | outcome
 
     logs = [write_run(tmp_path / attempt, "thin", 0.001, 0, 50.0) for attempt in ("first", "second")]
     write_lines(tmp_path / "rows.jsonl", [row(40.0, logs[0]), row(25.0, logs[1])])
@@ -287,7 +287,8 @@ def test_memory_picture_counts_weights_too(tmp_path: Path) -> None:
     methods = load(tmp_path)
     figure = plots.memory(methods, plots.styles_of(methods))
     assert figure
-    assert {trace["text"][0]: trace["x"] for trace in figure["data"]} == {"adamw": [9.0], "thin": [8.25]}
+    points = [trace for trace in figure["data"] if trace["mode"] != "lines"]
+    assert {trace["text"][0]: trace["x"] for trace in points} == {"adamw": [9.0], "thin": [8.25]}
 
 
 def test_every_recipe_looks_different(tmp_path: Path) -> None:

@@ -20,12 +20,17 @@ import gossamer
 from gossamer.bench import (
     Bench,
     Evaluate,
+    Reproduce,
+    Search,
     StepBench,
     bench,
     bench_step,
     evaluate_model,
+    reproduce,
+    search,
     step_table,
     summary_table,
+    trials_table,
     write_page,
     write_report,
 )
@@ -76,10 +81,12 @@ class MemoryOptions(Generic[M, L]):
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Make one self-contained page of all runs below a folder."""
+    """Draw all results below a folder: a self-contained page of one table, a static site of several."""
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="directory")]
-    """A benchmark's or a run's folder."""
+    """A benchmark's or a run's folder, or one of several: every `rows.jsonl`, other `.jsonl` rows and `log.jsonl`."""
+    out: Path | None = None
+    """Folder to write to; None: report.html into `directory`, a site into its folder `site`."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,13 @@ def run_bench(argv: list[str]) -> None:
     print(write_report(folder))
 
 
+def run_sweep(argv: list[str]) -> None:
+    options = _parse(Search, "sweep", argv)
+    table, lines = trials_table(search(options))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    print(*lines, options.folder / "rows.jsonl", sep="\n")
+
+
 def _run_bench_step(argv: list[str]) -> None:
     options = _parse(StepBench, "bench step", argv)
     rows = bench_step(options)
@@ -123,9 +137,13 @@ def _run_bench_step(argv: list[str]) -> None:
     print(write_page(options.out))
 
 
+def run_reproduce(argv: list[str]) -> None:
+    reproduce(_parse(Reproduce, "reproduce", argv), Console(width=None if sys.stdout.isatty() else 160))
+
+
 def run_report(argv: list[str]) -> None:
     options = _parse(ReportOptions, "report", argv)
-    print(write_report(options.directory))
+    print(write_report(options.directory, options.out))
 
 
 def run_memory(argv: list[str]) -> None:
@@ -252,7 +270,9 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "finetune": (run_finetune, "train a model that is there on prompts and answers, or on labels"),
     "eval": (run_eval, "score a model: perplexity, GSM8K, MATH-500, HumanEval, MBPP, GLUE, lm-eval's tasks"),
     "bench": (run_bench, "train every method on the same data and compare them; bench step: time their steps"),
-    "report": (run_report, "make the page of runs that are there"),
+    "reproduce": (run_reproduce, "train the tables of papers, and print ours beside theirs"),
+    "sweep": (run_sweep, "look for a method's learning rate, and values of its knobs, within a budget of tokens"),
+    "report": (run_report, "draw the results that are there"),
     "memory": (run_memory, "predict what training takes"),
     "methods": (run_methods, "list every optimizer and every low-rank layer"),
 }

@@ -11,6 +11,15 @@ class UserError(ValueError):
     """Bad input. The command line prints its text as one line and exits with code 2."""
 
 
+class Diverged(UserError):
+    """A loss, a gradient or a weight that is not finite ended a run: bad input to one who trains, a result to one who
+    compares."""
+
+
+class Pruned(UserError):
+    """A run was ended because what it had reached was not worth going on with."""
+
+
 def first_line(error: Exception) -> str:
     """An error's message, short enough to quote in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import gossamer
-from gossamer.bench import SUITES, Recipe, runner
+from gossamer.bench import SUITES, Recipe, presets, recipes, runner
 from gossamer.bench.reading import load
+from gossamer.bench.recipes import write_preset
 from gossamer.cli import main
 from gossamer.data import DataConfig
 from gossamer.memory import predict
@@ -77,6 +78,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 # --- bench ------------------------------------------------------------------------------------------------------------
 
 
+PRESETS = presets("quick")
+
+
 def smaller(recipe: Recipe) -> Recipe:
     """The same for a model of 32 by 32 and a run of four steps."""
     restarts = recipe.restarts and replace(recipe.restarts, every=3, recovery_steps=1)
@@ -95,9 +99,12 @@ def quick(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
         batch_size=4,
         eval_tokens=100,
         evals=2,
-        low_rank=tuple(map(smaller, SUITES["quick"].low_rank)),
     )
     monkeypatch.setitem(SUITES, "quick", suite)
+    monkeypatch.setattr(recipes, "PRESETS", tmp_path / "presets.jsonl")
+    recipes.PRESETS.write_text("")
+    for recipe in PRESETS.values():
+        write_preset("quick", smaller(recipe) if recipe.layers else recipe, {})
     monkeypatch.chdir(tmp_path)
 
     def run(*options: str, out: str = "bench", methods: Sequence[str] = ("lora-pre",)) -> int:
@@ -127,8 +134,8 @@ def test_bench_trains_compares_and_remembers(
     made = rows(folder)
     assert [row["method"] for row in made] == ["adamw", "lora-pre"]  # the reference first
     for row in made:
-        preset = methods()[row["method"]].traits["quick"]
-        assert (row["suite"], row["lr"], row["seed"], row["steps"]) == ("quick", preset["lr"], 0, 4)
+        preset = PRESETS[row["method"]]
+        assert (row["table"], row["lr"], row["seed"], row["steps"]) == ("quick", preset.lr, 0, 4)
         log = [json.loads(line) for line in (folder / row["log"]).read_text().splitlines()]
         assert [event["step"] for event in log if event["event"] == "eval"] == [2, 4]
         assert log[-1]["perplexity"] == row["perplexity"] > 1
@@ -138,7 +145,7 @@ def test_bench_trains_compares_and_remembers(
 
     before = (folder / "rows.jsonl").read_bytes()
     monkeypatch.setattr(runner, "pretrain", train_nothing)
-    monkeypatch.setattr(runner, "step_time_ratio", train_nothing)
+    monkeypatch.setattr(runner, "probe", train_nothing)
     assert quick() == 0
     assert (folder / "rows.jsonl").read_bytes() == before
     assert "lora-pre" in capsys.readouterr().out
@@ -230,10 +237,9 @@ def test_bench_trains_low_rank_weights_beside_methods(
     assert quick(methods=["lora-pre", *LOW_RANK]) == 0
     made = {row["method"]: row for row in rows(folder)}
     assert list(made) == sorted([*LOW_RANK, "lora-pre", "adamw"])  # adamw is first in the alphabet, too
-    presets = {recipe.name: recipe for recipe in SUITES["quick"].low_rank}
     for name, (layers, restarts) in LOW_RANK.items():
         row, config = made[name], made[name]["config"]
-        assert row["label"] == f"{name} lr {presets[name].lr:g} seed 0"
+        assert row["label"] == f"config {name} lr {PRESETS[name].lr:g} seed 0"
         assert config["method"]["name"] == "adamw" and config["layers"]["name"] == layers
         assert (config["restarts"] is not None) == restarts
         assert row["step_time_ratio"] > 0
@@ -273,11 +279,8 @@ def test_bench_continues_low_rank_weights_with_the_same_bits(
 
 def test_bench_trains_other_layers_anew(quick: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert quick("--steps", "2", methods=["low-rank"]) == 0
-    suite = SUITES["quick"]
-    (first, *others) = suite.low_rank
-    assert first.name == "low-rank"
-    other = replace(first, layers=replace(first.layers, alpha=8.0))  # pyright: ignore
-    monkeypatch.setitem(SUITES, "quick", replace(suite, low_rank=(other, *others)))
+    first = presets("quick")["low-rank"]
+    write_preset("quick", replace(first, layers=replace(first.layers, alpha=8.0)), {})  # pyright: ignore
     assert quick("--steps", "2", methods=["low-rank"]) == 0
     made = rows(tmp_path / "bench")
     assert [(row["method"], (row["config"]["layers"] or {}).get("alpha")) for row in made] == [

@@ -104,7 +104,6 @@ def here(finished: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFact
         patch.chdir(folder)
         patch.setattr(loop.Run, "_step", stop)
         patch.setattr(runner, "pretrain", stop)
-        patch.setattr(runner, "step_time_ratio", lambda *_, **__: 1.0)
         patch.setattr(step, "_time", lambda *_: {**timed, "rival_milliseconds": 1.0})
         yield folder
 

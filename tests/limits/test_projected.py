@@ -17,7 +17,7 @@ from torch import Tensor
 import gossamer
 from gossamer import UserError
 from gossamer.optim import subspace
-from gossamer.optim.contract import Context, Method, State, build, find, hash63
+from gossamer.optim.contract import Context, Method, State, build, hash63
 from gossamer.optim.methods.adamw import AdamW
 
 F64 = torch.float64
@@ -437,10 +437,3 @@ def test_values_out_of_range_are_named(name: str, fields: dict[str, object]) -> 
     (field, value), *_ = fields.items()
     with pytest.raises(UserError, match=rf"{name}: {field} is {value!r}.*; allowed:"):
         build(name, **fields)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_presets_build(name: str) -> None:
-    preset = dict(find(name).traits["quick"])
-    assert preset.pop("lr") > 0
-    build(name, **preset)

@@ -1,4 +1,9 @@
-"""The report's pictures, as the JSON that Plotly draws."""
+"""The report's pictures, as the JSON that Plotly draws.
+
+A trace's `meta` says what shows it: the `group` of a key's button, the `parameter` chosen, the `facets` that filters
+ask for. A layout's `meta` says how the page fits axes to what is shown: `axes`, with `share` of their length to spare,
+from `late`, a part of the last x, on.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from html import escape
 from typing import Any
 
 from gossamer.bench import words
-from gossamer.bench.reading import BASELINE, Method, Point, Rate, Run
+from gossamer.bench.reading import BASELINE, Method, Point, Published, Rate, Run, facets_of, facets_of_row
 from gossamer.bench.words import MIB, MISSING
 from gossamer.optim.diagnostics import QUANTITIES
 
@@ -41,8 +46,11 @@ def styles_of(methods: list[Method]) -> dict[str, Style]:
 
 
 def _smooth(points: tuple[Point, ...]) -> list[Point]:
-    """A running mean over about a fortieth of the curve, thinned to what a screen can show. Gaps stay gaps."""
-    keep = 1 - 1 / max(1, len(points) // 40)
+    """A running mean over about a fortieth of the curve, thinned to what a screen can show. Gaps stay gaps.
+
+    A row's curve, of a hundred means, is left as it is.
+    """
+    keep = 1 - 1 / max(1, len(points) // 40) if len(points) > 100 else 0.0
     total = weight = 0.0
     smooth: list[Point] = []
     for step, loss in points:
@@ -91,28 +99,21 @@ def _text(text: str) -> str:
 def loss(methods: list[Method], styles: dict[str, Style]) -> Figure | None:
     """Every run's curves. Those away from their method's best rate start hidden, until the key brings them in."""
     traces: list[dict[str, Any]] = []
-    shown: list[Point] = []
     for method in methods:
         for run in method.runs:
-            curve, visible = _smooth(run.train), run in method.shown
-            traces += _curve(run, curve, styles[method.name], visible=visible)
-            shown += [*curve, *run.evals] if visible else []
-    losses = [(step, loss) for step, loss in shown if loss is not None]
-    if not losses:
+            traces += _curve(run, _smooth(run.train), styles[method.name], visible=run in method.shown)
+    if not any(trace["x"] for trace in traces):
         return None
     # The steep fall of the first steps would flatten all that matters, so it starts outside the frame.
-    late = 0.1 * max(step for step, _ in losses)
-    height = _padded([loss for step, loss in losses if step >= late], 0.06)
-    return _figure(
-        traces, _axis("step", tickformat=",d"), _axis("loss, nats per token", range=height), showlegend=False
-    )
+    fit = {"axes": ["yaxis"], "share": 0.06, "late": 0.1}
+    return _figure(traces, _axis("step", tickformat=",d"), _axis("loss, nats per token"), showlegend=False, meta=fit)
 
 
 def _curve(run: Run, curve: list[Point], style: Style, *, visible: bool) -> Iterator[dict[str, Any]]:
     """One run's training line, validation points and restart marks."""
     label = _label(run)
     common = {
-        "meta": {"group": group_of(run)},
+        "meta": {"group": group_of(run), "facets": facets_of([run])},
         "visible": visible,
         "hovertemplate": f"%{{y:.4f}} at step %{{x:,}}<extra>{label}</extra>",
     }
@@ -136,45 +137,102 @@ def _label(run: Run) -> str:
 
 def group_of(run: Run) -> str:
     """What ties the runs of a method at one rate to their button in a key."""
-    return f"{run.method} {MISSING if run.rate is None else words.rate(run.rate)}"
+    rate = MISSING if run.rate is None else words.rate(run.rate)
+    return " ".join(filter(None, [run.method, run.table, run.setting, rate]))
 
 
-def memory(methods: list[Method], styles: dict[str, Style]) -> Figure | None:
+def memory(methods: list[Method], styles: dict[str, Style], published: Sequence[Published] = ()) -> Figure | None:
+    """Quality against memory: each method at its best, the front of those that none beats in both, papers' points.
+
+    Papers count perplexity in their own way; beside their points, ours are counted so, too.
+    """
+    scored, legacy = _scored(methods), bool(published)
+    sized = "memory_bytes" if any(run.memory_bytes for method in methods for run in method.runs) else "state_bytes"
     points = [
-        (size / MIB, method, rate)
+        (size / MIB, value, method, rate)
         for method in methods
-        if (rate := method.best) and rate.perplexity and (size := rate.mean("memory_bytes")) is not None
+        if (rate := method.best) and (size := rate.mean(sized)) is not None
+        if (value := rate.mean("legacy_perplexity") if legacy and rate.quality else rate.quality)
     ]
-    if len(points) < 2:
+    if len(points) + len(published) < 2:
         return None
-    points.sort(key=lambda point: (point[0], point[1].name))
-    traces = [
+    points.sort(key=lambda point: (point[0], point[2].title))
+    fronts = {setting: _front(points, setting, scored) for setting in dict.fromkeys(it.setting for *_, it, _ in points)}
+    named = {method.title for front in fronts.values() for *_, method, _ in front} if len(points) > 8 else None
+    traces: list[dict[str, Any]] = [
         {
-            "mode": "markers+text",
+            "mode": "lines",
+            "x": [size for size, *_ in front],
+            "y": [value for _, value, *_ in front],
+            "line": {"color": GREY, "width": 1, "dash": "dot"},
+            "meta": {"facets": {key: facet for key, facet in _facets(front).items() if key in ("size", "task")}},
+            "hoverinfo": "skip",
+            "showlegend": False,
+        }
+        for front in fronts.values()
+        if len(front) > 1
+    ]
+    traces += [
+        {
+            "mode": "markers+text" if named is None or method.title in named or method.name == BASELINE else "markers",
             "x": [size],
-            "y": [rate.perplexity],
-            "error_y": _error([rate.sd], styles[method.name]),
-            "text": [_text(method.name)],
+            "y": [value],
+            "error_y": _error([None if legacy else rate.sd], styles[method.name]),
+            "text": [_text(method.title)],
             # Neighbours' names go to opposite sides, so that points close together can still be read.
             "textposition": "bottom center" if index % 2 else "top center",
             "marker": {"color": styles[method.name].colour, "size": 12, "symbol": styles[method.name].symbol},
-            "hovertemplate": f"%{{y:,.3f}} with %{{x:,.3f}} MiB<extra>{_text(method.name)}</extra>",
+            "hovertemplate": f"%{{y:,.3f}} with %{{x:,.3f}} MiB<extra>{_text(method.title)}</extra>",
+            "meta": {"facets": facets_of(rate.runs)},
             "showlegend": False,
             "cliponaxis": False,
         }
-        for index, (size, method, rate) in enumerate(points)
+        for index, (size, value, method, rate) in enumerate(points)
     ]
-    sizes = [size for size, _, _ in points]
-    values = [rate.perplexity + sign * (rate.sd or 0) for *_, rate in points if rate.perplexity for sign in (-1, 1)]
-    x = _axis("weights and optimizer state, MiB", range=_padded(sizes, 0.18))
-    return _figure(traces, x, _axis("validation perplexity", range=_padded(values, 0.18)))
+    hollow = [_hollow(claim, styles) for claim in published if claim.gigabytes is not None]
+    values = [value for trace in (*traces, *hollow) for value in trace["x"]]
+    wide = "log" if max(values) > 10 * min(values) > 0 else "linear"
+    x = _axis("weights and optimizer state, MiB" if sized == "memory_bytes" else "optimizer state, MiB", type=wide)
+    y = _axis("score, %" if scored else f"{'legacy ' if legacy else ''}validation perplexity")
+    return _figure(traces + hollow, x, y, meta={"axes": ["xaxis", "yaxis"], "share": 0.18})
 
 
-def _padded(values: list[float], share: float) -> list[float]:
-    """A range with room around the values for their labels."""
-    low, high = min(values), max(values)
-    margin = share * (high - low) or 0.1 * high or 1.0
-    return [low - margin, high + margin]
+MemoryPoint = tuple[float, float, Method, Rate]
+"""MiB, quality, and whose they are."""
+
+
+def _front(points: Sequence[MemoryPoint], setting: str, scored: bool) -> list[MemoryPoint]:
+    """Those of the setting, by memory, that are better than everything that takes no more."""
+    front: list[MemoryPoint] = []
+    sign = -1 if scored else 1
+    for point in sorted(points, key=lambda point: (point[0], sign * point[1])):
+        if point[2].setting == setting and (not front or sign * point[1] < sign * front[-1][1]):
+            front.append(point)
+    return front
+
+
+def _facets(points: Sequence[MemoryPoint]) -> dict[str, list[str]]:
+    return facets_of(run for *_, rate in points for run in rate.runs)
+
+
+def _hollow(claim: Published, styles: dict[str, Style]) -> dict[str, Any]:
+    style = styles.get(claim.method, Style(GREY))
+    source = "<br>".join(map(_text, filter(None, [claim.source, claim.caveats])))
+    return {
+        "mode": "markers",
+        "x": [(claim.gigabytes or 0) * 1e9 / MIB],
+        "y": [claim.perplexity],
+        "marker": {"color": style.colour, "size": 12, "symbol": f"{style.symbol}-open", "line": {"width": 2}},
+        "hovertemplate": f"published: %{{y:,.2f}} with {claim.gigabytes:g} GB<br>{source}"
+        f"<extra>{_text(claim.method)}, {_text(claim.size)}</extra>",
+        "meta": {"facets": {"size": [claim.size], "method": [claim.method]}},
+        "showlegend": False,
+        "cliponaxis": False,
+    }
+
+
+def _scored(methods: list[Method]) -> bool:
+    return any(run.score is not None for method in methods for run in method.runs)
 
 
 def _error(sds: list[float | None], style: Style) -> dict[str, Any]:
@@ -183,45 +241,51 @@ def _error(sds: list[float | None], style: Style) -> dict[str, Any]:
 
 
 def rates(methods: list[Method], styles: dict[str, Style]) -> Figure | None:
-    """Perplexity against the learning rate, where any method was tried at two: means, seeds, and what diverged."""
-    tried = {method.name: sorted((rate.rate, rate) for rate in method.rates if rate.rate) for method in methods}
-    runs = [run for pairs in tried.values() for _, rate in pairs for run in rate.runs]
-    seen = [run.perplexity for run in runs if run.perplexity is not None]
-    if max(map(len, tried.values())) < 2 or not seen:
+    """Quality against the learning rate, where any method was tried at two: means, seeds, and what diverged."""
+    tried = [(method, sorted((rate.rate, rate) for rate in method.rates if rate.rate)) for method in methods]
+    runs = [run for _, pairs in tried for _, rate in pairs for run in rate.runs]
+    seen = [run.quality for run in runs if run.quality is not None]
+    if not seen or max(len(pairs) for _, pairs in tried) < 2:
         return None
     top = max(seen)
-    traces = [trace for name, pairs in tried.items() for trace in _tried(name, pairs, styles[name], top) if trace["x"]]
+    traces = [
+        trace for method, pairs in tried for trace in _tried(method, pairs, styles[method.name], top) if trace["x"]
+    ]
     # Ticks at the rates themselves; a rate far too high must not flatten the differences between the good ones.
-    values = sorted({lr for pairs in tried.values() for lr, _ in pairs})
-    ticks = {"tickmode": "array", "tickvals": values, "ticktext": [words.rate(value) for value in values]}
-    wide = "log" if top > 4 * min(seen) else "linear"
-    return _figure(traces, _axis("learning rate", type="log", **ticks), _axis("validation perplexity", type=wide))
+    values = sorted({lr for _, pairs in tried for lr, _ in pairs})
+    ticks: dict[str, Any] = {"tickmode": "array", "tickvals": values, "ticktext": list(map(words.rate, values))}
+    if len(values) > 8:
+        ticks = {"dtick": "D2", "tickformat": "~g"}  # at 1, 2 and 5
+    wide = "log" if top > 4 * min(seen) > 0 and not _scored(methods) else "linear"
+    y = _axis("score, %" if _scored(methods) else "validation perplexity", type=wide)
+    return _figure(traces, _axis("learning rate", type="log", **ticks), y)
 
 
-def _tried(method: str, pairs: list[tuple[float, Rate]], style: Style, top: float) -> Iterator[dict[str, Any]]:
+def _tried(method: Method, pairs: list[tuple[float, Rate]], style: Style, top: float) -> Iterator[dict[str, Any]]:
     """One method's line of means with its spread, a point for each of several seeds, a cross where a seed diverged."""
-    name = _text(method)
-    common = {"name": name, "legendgroup": name}
+    name = _text(method.title)
+    facets = facets_of(run for _, rate in pairs for run in rate.runs)
+    common = {"name": name, "legendgroup": name, "meta": {"facets": facets}}
     yield common | {
         "mode": "lines+markers",
         "x": [lr for lr, _ in pairs],
-        "y": [rate.perplexity for _, rate in pairs],
+        "y": [rate.quality for _, rate in pairs],
         "error_y": _error([rate.sd for _, rate in pairs], style),
         "line": {"color": style.colour, "width": 1.6, "dash": style.dash},
         "marker": {"color": style.colour, "size": 8, "symbol": style.symbol},
         "hovertemplate": f"%{{y:,.3f}} at learning rate %{{x}}<extra>{name}</extra>",
     }
-    seeds = [(lr, run) for lr, rate in pairs if len(rate.runs) > 1 for run in rate.runs if run.perplexity is not None]
+    seeds = [(lr, run) for lr, rate in pairs if len(rate.runs) > 1 for run in rate.runs if run.quality is not None]
     yield common | {
         "mode": "markers",
         "showlegend": False,
         "x": [lr for lr, _ in seeds],
-        "y": [run.perplexity for _, run in seeds],
+        "y": [run.quality for _, run in seeds],
         "text": [_text(run.label) for _, run in seeds],
         "marker": {"color": style.colour, "size": 5, "symbol": style.symbol, "opacity": 0.5},
         "hovertemplate": "%{y:,.3f}<extra>%{text}</extra>",
     }
-    diverged = [(lr, run) for lr, rate in pairs for run in rate.runs if run.perplexity is None]
+    diverged = [(lr, run) for lr, rate in pairs for run in rate.runs if run.quality is None]
     yield common | {
         "mode": "markers",
         "showlegend": False,
@@ -259,7 +323,7 @@ def _diagnosed(quantity: str, methods: list[Method], styles: dict[str, Style]) -
                 traces.append(
                     {
                         "mode": "lines+markers",
-                        "meta": {"group": group_of(run), "parameter": parameter},
+                        "meta": {"group": group_of(run), "parameter": parameter, "facets": facets_of([run])},
                         "visible": run in method.shown and parameter == first,
                         "x": [step for step, _ in curve],
                         "y": [None if value is None else float(f"{value:.5g}") for _, value in curve],
@@ -307,6 +371,7 @@ def step_ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
                     "thickness": 1.2,
                 },
                 "line": {"color": colours[name], "width": 1.6},
+                "meta": {"facets": facets_of_row(points[0])},
                 "hovertemplate": f"%{{y:.3g}} at rank %{{x}}<extra>{_text(name)}</extra>",
             }
             for name, points in sorted(

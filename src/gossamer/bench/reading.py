@@ -1,21 +1,27 @@
-"""What was measured: runs from logs and rows, aggregated by method and learning rate."""
+"""What was measured: runs from logs and rows, aggregated by setting, method and learning rate.
+
+Runs of another model, task or length are in another setting: only runs of one setting are compared with each other.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from gossamer.bench import words
+from gossamer.bench.words import MISSING
 from gossamer.errors import UserError
 from gossamer.restarts import in_words
 from gossamer.train import jsonl
 
 BASELINE = "adamw"
+FACETS = ("table", "size", "task", "method", "hardware")
+"""What a reader may filter by."""
 
 Point = tuple[int, float | None]
 """A step and a value; None where it was not finite."""
@@ -51,7 +57,15 @@ class Run:
 
     label: str
     method: str
-    suite: str | None
+    table: str | None
+    size: str | None
+    """The model's."""
+    task: str | None
+    steps: int | None
+    """Planned."""
+    hardware: str | None
+    setting: str
+    """What of size, task and steps differs within the table; empty where nothing does."""
     rate: float | None
     finished: bool
     last_step: int
@@ -71,7 +85,16 @@ class Run:
     restarts: tuple[Restart, ...]
     diagnostics: dict[str, dict[str, list[Point]]]
     """By quantity and parameter; holds only what was measured."""
+    measured: dict[str, float]
+    """The numbers of the row's `reference`, `step_time`, `step_share` and `memory`, by dotted name."""
     facts: dict[str, str]
+    row: dict[str, Any]
+    """As it was written; of a run that has a log alone, its first and last event."""
+
+    @property
+    def quality(self) -> float | None:
+        """What methods are ranked by: a score in per cent, or a perplexity."""
+        return self.perplexity if self.score is None else 100 * self.score
 
     @property
     def memory_bytes(self) -> float | None:
@@ -103,6 +126,10 @@ class Rate:
         return fmean(values) if values else None
 
     @property
+    def quality(self) -> float | None:
+        return self.perplexity if self.score is None else 100 * self.score
+
+    @property
     def sd(self) -> float | None:
         """The sample standard deviation of the score or the perplexity over seeds, where there are at least two."""
         values = self._whole("score") or self._whole("perplexity")
@@ -114,8 +141,8 @@ class Rate:
         return values if len(values) == len(self.runs) else []
 
     def mean(self, name: str) -> float | None:
-        """The mean of one of :class:`Run`'s numbers over the runs that have it."""
-        values = [value for run in self.runs if (value := getattr(run, name)) is not None]
+        """The mean of one of :class:`Run`'s numbers, or of its measured ones, over the runs that have it."""
+        values = [value for run in self.runs if (value := getattr(run, name, run.measured.get(name))) is not None]
         return fmean(values) if values else None
 
 
@@ -126,6 +153,12 @@ class Method:
     name: str
     runs: tuple[Run, ...]
     rates: tuple[Rate, ...]
+    setting: str = ""
+
+    @property
+    def title(self) -> str:
+        """Its name; where the table has several settings, with the one that this is."""
+        return f"{self.name}, {self.setting}" if self.setting else self.name
 
     @property
     def best(self) -> Rate | None:
@@ -138,6 +171,19 @@ class Method:
         return self.runs if best is None else tuple(run for run in self.runs if run.rate == best.rate)
 
 
+@dataclass(frozen=True)
+class Published:
+    """One result that a paper printed: its perplexity, computed as `legacy_perplexity` is, and its memory."""
+
+    method: str
+    size: str
+    perplexity: float
+    gigabytes: float | None
+    """Of 1e9 bytes: weights and optimizer state."""
+    source: str
+    caveats: str
+
+
 def load(directory: Path) -> list[Method]:
     """Every run below ``directory``, by method, the highest score or the lowest perplexity first.
 
@@ -147,40 +193,103 @@ def load(directory: Path) -> list[Method]:
     Raises:
         UserError: there is nothing to read, or a line that is not a whole event or row.
     """
-    logs = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("log.jsonl"))}
+    rows = directory / "rows.jsonl"
+    return load_files(directory, rows if rows.is_file() else None, sorted(directory.rglob("log.jsonl")))
+
+
+def load_files(
+    folder: Path, rows_path: Path | None, log_paths: Iterable[Path], table: str | None = None
+) -> list[Method]:
+    """As :func:`load`, of one file of rows and of these logs; a row names its log from ``folder``.
+
+    Args:
+        table: what the runs' table is called, whatever rows say.
+    """
+    logs = {path.relative_to(folder).as_posix(): path for path in log_paths}
     rows: dict[str, dict[str, Any]] = {}
     named: set[str] = set()
-    rows_path = directory / "rows.jsonl"
-    for number, row in jsonl.read(rows_path) if rows_path.is_file() else ():
-        if not all(isinstance(row.get(key), str) for key in ("label", "method")):
-            raise UserError(f"{rows_path}, line {number}: a row needs 'label' and 'method', both text")
-        if not isinstance(row.get("log", ""), str):
+    for number, row in jsonl.read(rows_path) if rows_path else ():
+        label = row.get("label", _label(row))
+        if not isinstance(label, str) or not isinstance(_name(row), str) or not label:
+            raise UserError(f"{rows_path}, line {number}: a run's row needs 'method', or 'label' too, as text")
+        if not isinstance(row.get("log") or "", str):
             raise UserError(f"{rows_path}, line {number}: 'log' is not the name of a file")
-        rows[row["label"]] = row
-        named.add(row.get("log", ""))
+        rows[label] = row
+        named.add(row.get("log") or "")
     if not logs and not rows:
-        raise UserError(f"no log.jsonl in or below {directory}")
+        raise UserError(f"no log.jsonl in or below {folder}")
 
     runs = [
-        _run(label, _read_log(logs[row["log"]]) if row.get("log") in logs else _Log(), row)
-        for label, row in rows.items()
+        _run(label, _read_log(logs[row["log"]]) if row.get("log") in logs else None, row) for label, row in rows.items()
     ]
     runs += [_run(Path(name).parent.name or "run", _read_log(path)) for name, path in logs.items() if name not in named]
-    runs.sort(key=lambda run: (run.rate is None, run.rate or 0.0, run.label))
-    methods = [_method(name, [run for run in runs if run.method == name]) for name in {run.method for run in runs}]
-    return sorted(methods, key=lambda method: (_rank(method.best), method.name))
+    return grouped([replace(run, table=table or run.table) for run in _in_settings(runs)])
 
 
-def _method(name: str, runs: list[Run]) -> Method:
+def read_published(path: Path) -> list[Published]:
+    """A file ``claims.json``: a list of objects with the fields of :class:`Published`.
+
+    Raises:
+        UserError: it is not such a list.
+    """
+    try:
+        return [Published(**claim) for claim in json.loads(path.read_bytes())]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not a list of published results ({error})") from None
+
+
+def grouped(runs: list[Run]) -> list[Method]:
+    """By setting, smaller models first; within it by method, the best first."""
+    runs = sorted(runs, key=lambda run: (run.rate is None, run.rate or 0.0, run.label))
+    heaviest: dict[str, tuple[str, float, int]] = {}
+    for run in runs:
+        order = (run.task or "", run.weights_bytes or 0.0, run.steps or 0)
+        heaviest[run.setting] = max(order, heaviest.get(run.setting, order))
+    names = {(run.setting, run.method) for run in runs}
+    methods = [_method(*name, [run for run in runs if (run.setting, run.method) == name]) for name in names]
+    return sorted(methods, key=lambda it: (heaviest[it.setting], it.setting, _rank(it.best), it.name))
+
+
+def facets_of(runs: Iterable[Run]) -> dict[str, list[str]]:
+    """The values of each of `FACETS` among the runs."""
+    runs = list(runs)
+    values = {name: sorted({value for run in runs if (value := getattr(run, name))}) for name in FACETS}
+    return {name: found for name, found in values.items() if found}
+
+
+def facets_of_row(row: dict[str, Any]) -> dict[str, list[str]]:
+    """What of a measurement's columns says which model, method and machine it is of."""
+    hardware = row.get("hardware")
+    method = row.get("method", row.get("optimizer", row.get("kernel")))
+    found = {
+        "size": row.get("model"),
+        "method": method.get("name") if isinstance(method, dict) else method,
+        "hardware": machine(hardware) if isinstance(hardware, dict) else row.get("target"),
+    }
+    return {name: [value] for name, value in found.items() if isinstance(value, str)}
+
+
+def _in_settings(runs: list[Run]) -> list[Run]:
+    varying = [name for name in ("size", "task", "steps") if len({getattr(run, name) for run in runs}) > 1]
+
+    def setting(run: Run) -> str:
+        values = {"size": run.size, "task": run.task, "steps": run.steps and words.plural(run.steps, "step")}
+        return ", ".join(str(values[name] or MISSING) for name in varying)
+
+    return [replace(run, setting=setting(run)) for run in runs]
+
+
+def _method(setting: str, name: str, runs: list[Run]) -> Method:
     finished = [run for run in runs if run.finished]
     tried = dict.fromkeys(run.rate for run in finished)
     rates = [Rate(rate, tuple(run for run in finished if run.rate == rate)) for rate in tried]
-    return Method(name, tuple(runs), tuple(sorted(rates, key=_rank)))
+    return Method(name, tuple(runs), tuple(sorted(rates, key=_rank)), setting)
 
 
-def baseline(methods: list[Method]) -> Rate | None:
-    """The best rate of the method that all others are compared with."""
-    return next((method.best for method in methods if method.name == BASELINE), None)
+def baseline(methods: list[Method], setting: str = "") -> Rate | None:
+    """The best rate of the method that all others of the setting are compared with."""
+    found = (method.best for method in methods if (method.name, method.setting) == (BASELINE, setting))
+    return next(found, None)
 
 
 def _rank(rate: Rate | None) -> tuple[bool, float]:
@@ -192,14 +301,14 @@ def _rank(rate: Rate | None) -> tuple[bool, float]:
     return False, math.inf if rate.perplexity is None else rate.perplexity
 
 
-def _run(label: str, log: _Log, row: dict[str, Any] | None = None) -> Run:
+def _run(label: str, log: _Log | None, row: dict[str, Any] | None = None) -> Run:
     """A run from its log and, where the benchmark wrote one, its row; the row's numbers count where both have them.
 
     Raises:
         UserError: what either of them says is not of the kind that a run writes.
     """
     try:
-        return _as_written(label, log, row)
+        return _as_written(label, log or _curves(row or {}), row)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"run {label!r}: its log or row is not as it was written ({error})") from None
 
@@ -208,14 +317,24 @@ def _as_written(label: str, log: _Log, row: dict[str, Any] | None) -> Run:
     start, outcome = (row or {}) | log.start, log.end | (row or {})
     memory = start.get("memory") or {}
     rate = _number((start.get("config") or {}).get("lr"))
-    facts = {name: start.get(name) for name in ("config", "data", "parameters", "versions", "hardware", "commit")}
+    shared = ("config", "data", "parameters", "tokens", "versions", "hardware", "commit")
+    facts = {name: start.get(name) for name in shared}
+    costs = {name: (row or {}).get(name) for name in ("step_time", "step_share", "reference", "memory")}
     if log.restarts:
         step, done = log.restarts[-1]
         facts["restarted"] = f"{words.plural(len(log.restarts), 'time')}; after step {step:,}: {done}"
+    config = start.get("config") or {}
+    model, task = start.get("size") or config.get("model"), start.get("task")
+    table = outcome.get("table", outcome.get("suite"))  # what older rows call it
     return Run(
         label=str(start.get("label", label)),
-        method=str((row or {}).get("method") or _trained(start)),
-        suite=outcome.get("suite"),
+        method=_name(row or {}) or _trained(start),
+        table=table and str(table),
+        size=model and Path(str(model)).name,
+        task=task and str(task),
+        steps=int(config.get("steps") or outcome.get("steps") or 0) or None,
+        hardware=machine(start.get("hardware") or {}),
+        setting="",
         rate=_number((row or {}).get("lr")) or rate,
         finished=bool(outcome),
         last_step=int(outcome.get("step") or outcome.get("steps") or log.last_step),
@@ -233,7 +352,41 @@ def _as_written(label: str, log: _Log, row: dict[str, Any] | None) -> Run:
         evals=tuple(log.evals),
         restarts=tuple(log.restarts),
         diagnostics=_by_quantity(log.looks),
-        facts=dict(_flatten(facts)),
+        measured={name: value for name, leaf in leaves(costs) if (value := _number(leaf)) is not None},
+        facts=as_facts(facts),
+        row=row if row is not None else {key: value for key, value in (log.start | log.end).items() if key != "event"},
+    )
+
+
+def _name(row: dict[str, Any]) -> str:
+    """The method, or what an experiment varies in its place."""
+    bits = row.get("state_bits")
+    varied = [row.get("layers"), row.get("arm"), bits and f"{bits} bits"]
+    return row["method"] if "method" in row else ", ".join(str(part) for part in varied if part)
+
+
+def _label(row: dict[str, Any]) -> str:
+    """What tells a row from the others of its file."""
+    numbers = [f"{key} {row[key]}" for key in ("lr", "seed", "steps") if row.get(key) is not None]
+    return " ".join(map(str, filter(None, [_name(row), row.get("size"), row.get("task"), *numbers])))
+
+
+def machine(hardware: dict[str, Any]) -> str | None:
+    """What counts for the speed."""
+    if accelerator := hardware.get("accelerator"):
+        return str(accelerator)
+    threads = hardware.get("threads")
+    parts = [str(hardware.get("cpu") or ""), words.plural(threads, "thread") if isinstance(threads, int) else ""]
+    return ", ".join(filter(None, parts)) or None
+
+
+def _curves(row: dict[str, Any]) -> _Log:
+    """Those that a row carries."""
+    curve = row.get("curve") or {}
+    return _Log(
+        train=[(int(step), _number(loss)) for step, loss in curve.get("train", ())],
+        evals=[(int(step), _number(loss)) for step, loss in curve.get("eval", ())],
+        restarts=[(int(step), str(done)) for step, done in curve.get("restarts", ())],
     )
 
 
@@ -284,13 +437,15 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _flatten(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """``{"a": {"b": 1}}`` as ``("a.b", "1")``; None at the top gives nothing, deeper it is a value."""
-    if isinstance(value, dict):
+def leaves(value: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``{"a": {"b": 1}}`` as ``("a.b", 1)``; an empty object inside is a leaf."""
+    if isinstance(value, dict) and (value or not prefix):
         for name, inner in value.items():
-            if prefix or inner is not None:
-                yield from _flatten(inner, f"{prefix}.{name}" if prefix else str(name))
-    elif isinstance(value, int) and value >= 10_000:
-        yield prefix, f"{value:,}"
+            yield from leaves(inner, f"{prefix}.{name}" if prefix else str(name))
     else:
-        yield prefix, value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+        yield prefix, value
+
+
+def as_facts(values: dict[str, Any]) -> dict[str, str]:
+    """The leaves as texts. What is None at the top is left out, deeper it is a value."""
+    return {name: words.fact(leaf) for name, leaf in leaves({key: it for key, it in values.items() if it is not None})}

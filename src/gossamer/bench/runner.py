@@ -1,107 +1,222 @@
-"""Running a suite: one row a finished run, nothing trained twice."""
+"""Running what a table or a suite asks for: a row a finished run, and no run twice, however many processes work."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, TextIO, TypeVar
 
-import torch
-from torch import nn
-
-from gossamer import layers
-from gossamer.bench.suite import SUITES, Bench
-from gossamer.bench.timing import step_time_ratio
-from gossamer.layers import Parametrization
-from gossamer.models import build_model, resolve_config
+from gossamer.bench.claim import Finished, Run
+from gossamer.bench.probe import probe
+from gossamer.bench.suite import Bench
+from gossamer.distributed import World, start, stop
+from gossamer.errors import Diverged, Pruned
+from gossamer.evaluate import Score
+from gossamer.restarts import in_words
 from gossamer.train import Pretrain, jsonl, pretrain
+from gossamer.train.config import differences
+
+T = TypeVar("T")
+
+POINTS = 100
+"""Of a curve of training losses in a row, at most."""
+PLACE = ("out", "resume", "device", "micro_batch_size")
+"""Options that say where a run is made and in what portions, and nothing of what it finds."""
+PATIENCE = 2.0
+"""Seconds between two looks at what other processes have finished."""
+
+Wanted = Callable[[Finished], Iterable[Run]]
+"""The runs that are to be made, the next one first, asked for one by one; what has been found may ask for more."""
+Watch = Callable[[Run, int, Score], str | None]
+"""Told of an evaluation, by the step after which it was made; may say why the run is not worth going on with."""
 
 
-def bench(options: Bench) -> Path:
-    """Train what is missing of a suite, append its rows to `<folder>/rows.jsonl`, and return the folder."""
-    suite, folder = SUITES[options.suite], options.folder
-    recipes = options.recipes()
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = folder / "rows.jsonl"
-    finished = _finished(rows)
-    for recipe in recipes:
-        ratio: float | None = None
-        for lr in options.lrs or (recipe.lr,):
-            for seed in options.seeds:
-                label = f"{recipe.name} lr {lr:g} seed {seed}"
-                steps = options.steps or suite.steps
-                every = -(-steps // suite.evals)
-                config = Pretrain(
-                    method=recipe.method,
-                    layers=recipe.layers,
-                    restarts=recipe.restarts,
-                    model=suite.model,
-                    data=suite.data,
-                    out=folder / label.replace(" ", "-"),
-                    resume=True,
-                    steps=steps,
-                    batch_size=suite.batch_size,
-                    lr=lr,
-                    fallback_lr=suite.fallback_lr,
-                    eval_every=every,
-                    eval_tokens=suite.eval_tokens,
-                    save_every=every,
-                    keep_last=1,
-                    seed=seed,
-                )
-                if label in finished and _same(finished[label]["config"], config):
+class Rows:
+    """A file of rows to which several processes add, each by runs that it alone holds.
+
+    A held run is a locked file; the lock goes with its process, however that ends.
+    """
+
+    def __init__(self, path: Path, runs: Path) -> None:
+        self.path, self.runs = path, runs
+        self._held: dict[str, TextIO] = {}
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """The last row of each label. A last line torn by a kill is passed over; its run is made again."""
+        return {row["label"]: row for _, row in jsonl.read(self.path)} if self.path.exists() else {}
+
+    def append(self, row: dict[str, Any]) -> None:
+        with self.alone() as file:
+            jsonl.mend(self.path)
+            file.write(json.dumps(row) + "\n")
+
+    def take(self, wanted: Wanted) -> Run | None:
+        """The first run that is wanted, not there and held by nobody; it is held from now on. None: all are there.
+
+        Waits while others make the last ones: what they find may ask for more.
+        """
+        while True:
+            finished, missing = self.read(), False
+            for run in wanted(finished):
+                if _is_there(run, finished):
                     continue
-                if label in finished:  # made under another configuration: its checkpoints cannot be continued
-                    shutil.rmtree(config.out, ignore_errors=True)
-                make_model = partial(_model, suite.model, recipe.layers)
-                ratio = ratio or step_time_ratio(make_model, recipe.method, rounds=options.rounds)
-                row = _row(options.suite, label, recipe.name, config, ratio)
-                with rows.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-    return folder
+                missing = True
+                if self._hold(run):
+                    finished = self.read()
+                    if not _is_there(run, finished):  # may have been finished since
+                        if run.label in finished:  # made under another configuration, which cannot be continued
+                            shutil.rmtree(self.runs / run.folder, ignore_errors=True)
+                        return run
+                    self.release(run)
+            if not missing:
+                return None
+            time.sleep(PATIENCE)
+
+    def release(self, run: Run) -> None:
+        file = self._held.pop(run.label)
+        Path(file.name).unlink()
+        file.close()
+
+    def _hold(self, run: Run) -> bool:
+        self.runs.mkdir(parents=True, exist_ok=True)
+        path = self.runs / f"{run.folder}.lock"
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except OSError:
+            held = False
+        if held:
+            self._held[run.label] = file
+        else:
+            file.close()
+        return held
+
+    @contextmanager
+    def alone(self) -> Iterator[TextIO]:
+        """The file, to append to; what no two processes may do at the same time, to it or beside it, is done within."""
+        with self.path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
 
 
-def _finished(path: Path) -> dict[str, dict[str, Any]]:
-    """The last row of each label. A last line torn by a kill is cut off; its run is trained again."""
-    if not path.exists():
-        return {}
-    jsonl.mend(path)
-    return {row["label"]: row for _, row in jsonl.read(path)}
+def work(wanted: Wanted, rows: Rows, *, device: str, rounds: int, keep: bool, watch: Watch | None = None) -> None:
+    """Make what is wanted, run by run; under `torchrun` all processes make each together.
+
+    A run that was stopped goes on; one that diverged is a row without a perplexity; one that `watch` ended is no row.
+
+    Args:
+        rounds: of timed steps. keep: checkpoints of finished runs.
+    """
+    rows.path.parent.mkdir(parents=True, exist_ok=True)
+    while (run := of_main(device, lambda _: rows.take(wanted))) is not None:
+        config = replace(run.config, out=rows.runs / run.folder, resume=True, device=device)
+        try:
+            pretrain(config, label=run.label, watch=watch and partial(watch, run))
+        except Pruned:
+            of_main(device, partial(_drop, rows, run, config))
+        except Diverged as error:
+            of_main(device, partial(_finish, rows, run, config, rounds, keep, str(error)))
+        else:
+            of_main(device, partial(_finish, rows, run, config, rounds, keep, None))
+
+
+def of_main(device: str, do: Callable[[World], T]) -> T:
+    """What `do` returns on the main process, for all of them."""
+    try:
+        world = start(device)
+        return world.from_main(lambda: do(world))
+    finally:
+        stop()
+
+
+def _finish(
+    rows: Rows,
+    run: Run,
+    config: Pretrain[Any, Any, Any],
+    rounds: int,
+    keep: bool,
+    diverged: str | None,
+    world: World,
+) -> None:
+    rows.append(_row(run, config, probe(config, world.device, rounds=rounds), diverged, rows.path.parent))
+    if not keep:
+        shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
+    rows.release(run)
+
+
+def _drop(rows: Rows, run: Run, config: Pretrain[Any, Any, Any], world: World) -> None:
+    shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
+    rows.release(run)
+
+
+def _is_there(run: Run, finished: Finished) -> bool:
+    return run.label in finished and _same(finished[run.label]["config"], run.config)
 
 
 def _same(saved: dict[str, Any], config: Pretrain[Any, Any, Any]) -> bool:
-    """Whether a run was made under this configuration, whatever its folder is called."""
-    return {**saved, "out": None} == {**json.loads(json.dumps(config.to_json())), "out": None}
+    """Whether a run was made under this configuration, wherever it was made."""
+    return all(key in PLACE for key, _, _ in differences(saved, config))
 
 
-def _row(suite: str, label: str, name: str, config: Pretrain[Any, Any, Any], ratio: float) -> dict[str, Any]:
-    result = pretrain(config, label=label)
+def _row(
+    run: Run, config: Pretrain[Any, Any, Any], probed: dict[str, Any], diverged: str | None, folder: Path
+) -> dict[str, Any]:
     log = config.out / "log.jsonl"
-    _, start = next(jsonl.read(log))
+    events = [event for _, event in jsonl.read(log)]
+    begun, last = events[0], events[-1]
+    of = {kind: [event for event in events if event["event"] == kind] for kind in ("train", "eval", "restart")}
+    tokens = of["train"][-1]["tokens"] if of["train"] else 0
+    seconds = of["train"][-1]["seconds"] if of["train"] else 0.0
+    score = {} if diverged else last
     return {
-        "suite": suite,
-        "label": label,
-        "method": name,
+        "table": run.table,
+        "label": run.label,
+        "size": run.size,
+        "method": run.method,
         "lr": config.lr,
         "fallback_lr": config.fallback_lr,
         "seed": config.seed,
         "steps": config.steps,
-        "perplexity": result.score.perplexity,
-        "legacy_perplexity": result.score.legacy_perplexity,
-        "eval_tokens": result.score.tokens,
-        **{f"{part}_bytes": start["memory"][part] for part in ("state", "hidden_state", "weights")},
-        "seconds": result.seconds,
-        "tokens_per_second": result.tokens_per_second,
-        "step_time_ratio": ratio,
-        "log": str(log.relative_to(config.out.parent)),
-        **{key: start[key] for key in ("config", "versions", "hardware", "commit", "time")},
+        "tokens": tokens,
+        "perplexity": score.get("perplexity"),
+        "legacy_perplexity": score.get("legacy_perplexity"),
+        "loss": score.get("loss"),
+        "eval_tokens": score.get("eval_tokens"),
+        "diverged": diverged,
+        **{f"{part}_bytes": begun["memory"][part] for part in ("state", "hidden_state", "weights")},
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
+        **probed,
+        "curve": {
+            "train": _means([(event["step"], event["loss"]) for event in of["train"]]),
+            "eval": [(event["step"], event["loss"]) for event in of["eval"]],
+            "restarts": [(event["step"], in_words(event)) for event in of["restart"]],
+        },
+        "log": os.path.relpath(log, folder),
+        **{key: begun[key] for key in ("config", "versions", "hardware", "commit", "time")},
     }
 
 
-def _model(name: str, parametrization: Parametrization | None) -> nn.Module:
-    model = build_model(resolve_config(name), dtype=torch.float32, device="cpu", seed=0)
-    if parametrization is not None:
-        layers.apply(model, parametrization)
-    return model
+def _means(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most `POINTS` of them: means of equal stretches, each at its last step."""
+    length = -(-len(points) // POINTS) or 1
+    stretches = [points[index : index + length] for index in range(0, len(points), length)]
+    return [(stretch[-1][0], fmean(loss for _, loss in stretch)) for stretch in stretches]
+
+
+def bench(options: Bench) -> Path:
+    """Train what is missing of a suite, append its rows to `<folder>/rows.jsonl`, and return the folder."""
+    folder, runs = options.folder, options.runs()
+    rows = Rows(folder / "rows.jsonl", folder)
+    work(lambda _: runs, rows, device="auto", rounds=options.rounds, keep=True)
+    return folder

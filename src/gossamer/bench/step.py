@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from gossamer.bench import naive, plots
-from gossamer.bench.page import page
+from gossamer.bench.page import SAVE, Page, Rows, filters, plain_table
+from gossamer.bench.reading import facets_of_row
 from gossamer.bench.timing import Pairs, time_pairs
 from gossamer.bench.words import MISSING
 from gossamer.errors import UserError, nearest
@@ -279,9 +280,13 @@ CASE = ("method", "rank", "implementation")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
+    return latest(row for _, row in jsonl.read(path))
+
+
+def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last row of each method, rank and rival in each setting."""
     found = {}
-    for _, row in jsonl.read(path):
+    for row in rows:
         found[(*_setting(row), *(row[key] for key in (*CASE, "rival")))] = row
     return list(found.values())
 
@@ -337,19 +342,19 @@ def write_markdown(header: Sequence[str], body: Sequence[Sequence[str]], path: P
     path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
-def write_page(out: Path) -> Path:
-    """Table and pictures of the rows in a file, as one page that needs nothing but itself. Returns its path."""
-    rows = read_rows(out)
+def page_of(rows: Sequence[dict[str, Any]], title: str, name: str) -> Page:
+    """Table and pictures of the rows, and the rows to take along in a file called `name`."""
     header, body = cells(rows)
     figures = plots.step_ratios(rows)
-    table = "".join(
-        f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in line)}</tr>"
-        for tag, lines in (("th", [header]), ("td", body))
-        for line in lines
-    )
-    parts = ["<h1>One optimizer step</h1>", f'<div class="scroll"><table class="plain">{table}</table></div>']
-    for name in figures:
-        parts += [f"<h2>÷ {escape(name)}</h2>", f'<div class="plot" id="{escape(name)}"></div>']
-    path = out.with_suffix(".html")
-    path.write_text(page("Gossamer: one optimizer step", parts, figures), encoding="utf-8", errors="replace")
-    return path
+    facets = {(*(row[key] for key in CASE), _setting(row)): facets_of_row(row) for row in rows}  # of each line
+    parts = [f"<h1>{escape(title)}</h1>", '<p class="lead">One optimizer step; ratios are medians of pairs, with the '
+             "least and the greatest.</p>", *filters(facets.values()), SAVE]  # fmt: skip
+    parts += plain_table(header, body, list(facets.values()))
+    for rival in figures:
+        parts += [f"<h2>÷ {escape(rival)}</h2>", f'<div class="plot" id="{escape(rival)}"></div>']
+    return Page(title, parts, figures, Rows(name, list(rows), [facets_of_row(row) for row in rows]))
+
+
+def write_page(out: Path) -> Path:
+    """The page of the rows in a file, one that needs nothing but itself. Returns its path."""
+    return page_of(read_rows(out), "Gossamer: one optimizer step", out.stem).write(out.with_suffix(".html"))

@@ -1,4 +1,4 @@
-"""What is compared: a model, data, a length, and the recipes: the methods bring theirs, low-rank weights are here."""
+"""What is compared: a model, data, a length; `recipes` has what is trained on them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from gossamer.bench.claim import Run
+from gossamer.bench.recipes import Recipe, presets
 from gossamer.data import DataConfig
 from gossamer.errors import UserError, nearest
-from gossamer.layers import LowRank, Parametrization, ReLoRA, SLTrain
-from gossamer.optim.contract import Entry, Method, build, methods
-from gossamer.optim.methods.adamw import AdamW
-from gossamer.restarts import Restarts
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One way to train hidden matrices, by the name that it has in rows and in the report."""
-
-    name: str
-    method: Method
-    lr: float
-    """Of hidden matrices, or of the factors in their place, where `Bench.lrs` gives no other."""
-    layers: Parametrization | None = None
-    restarts: Restarts | None = None
+from gossamer.train import Pretrain
 
 
 @dataclass(frozen=True)
@@ -42,12 +29,7 @@ class Suite:
     eval_tokens: int
     evals: int
     """Evaluations and checkpoints of a run, evenly spaced; the last one counts."""
-    low_rank: tuple[Recipe, ...] = ()
-    """Low-rank weights. A method's own preset for the suite is in its file of `optim/methods/`."""
 
-
-_ADAMW = AdamW(betas=(0.9, 0.95))
-_RESTARTS = Restarts(every=50, recovery_steps=5, scope="all")
 
 SUITES = {
     # a Llama with d = 128 on the standard library's text: minutes on two cores
@@ -59,13 +41,6 @@ SUITES = {
         fallback_lr=4e-3,
         eval_tokens=100_000,
         evals=1,
-        low_rank=(
-            Recipe("low-rank", _ADAMW, 2.5e-4, LowRank(rank=32)),
-            Recipe("low-rank-restarts", _ADAMW, 2.5e-4, LowRank(rank=32), _RESTARTS),
-            Recipe("sltrain", _ADAMW, 2e-3, SLTrain(rank=32)),
-            Recipe("sltrain-restarts", _ADAMW, 2e-3, SLTrain(rank=32), _RESTARTS),
-            Recipe("relora", _ADAMW, 1e-3, ReLoRA(rank=32), _RESTARTS),
-        ),
     ),
 }
 """By the name that the command line knows."""
@@ -92,7 +67,7 @@ class Bench:
     steps: int | None = None
     """Instead of the suite's."""
     rounds: int = 20
-    """Pairs of steps, ours and torch's, by which the step time is compared."""
+    """Training steps, ours and torch's AdamW's in turn, by which their times are compared."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -109,8 +84,7 @@ class Bench:
 
     def recipes(self) -> list[Recipe]:
         """What to run, the reference first."""
-        presets = [_preset(entry, self.suite) for entry in methods().values() if self.suite in entry.traits]
-        known = {recipe.name: recipe for recipe in (*presets, *SUITES[self.suite].low_rank)}
+        known = presets(self.suite)
         for name in self.methods:
             if name not in known:
                 raise UserError(
@@ -119,8 +93,33 @@ class Bench:
         chosen = {"adamw", *self.methods} if self.methods else set(known)
         return sorted((known[name] for name in chosen), key=lambda recipe: (recipe.name != "adamw", recipe.name))
 
+    def runs(self) -> list[Run]:
+        """Every recipe at every learning rate with every seed."""
+        return [
+            self._run(recipe, lr, seed)
+            for recipe in self.recipes()
+            for lr in self.lrs or (recipe.lr,)
+            for seed in self.seeds
+        ]
 
-def _preset(entry: Entry, suite: str) -> Recipe:
-    fields = dict(entry.traits[suite])
-    lr = fields.pop("lr")
-    return Recipe(entry.name, build(entry.name, **fields), lr)
+    def _run(self, recipe: Recipe, lr: float, seed: int) -> Run:
+        suite = SUITES[self.suite]
+        steps = self.steps or suite.steps
+        every = -(-steps // suite.evals)
+        config = Pretrain(
+            method=recipe.method,
+            layers=recipe.layers,
+            restarts=recipe.restarts,
+            model=suite.model,
+            data=suite.data,
+            steps=steps,
+            batch_size=suite.batch_size,
+            lr=lr,
+            fallback_lr=suite.fallback_lr,
+            eval_every=every,
+            eval_tokens=suite.eval_tokens,
+            save_every=every,
+            keep_last=1,
+            seed=seed,
+        )
+        return Run(self.suite, Path(suite.model).stem, recipe.name, config)

@@ -42,7 +42,7 @@ def cells(method: Method, reference: Rate | None) -> dict[str, str]:
         if reference and reference.perplexity:
             ratio = f"{best.perplexity / reference.perplexity:.3f}"
     return {
-        "method": method.name,
+        "method": method.title,
         "rate": MISSING if best is None or best.rate is None else words.rate(best.rate),
         "tried": tried,
         "perplexity": perplexity,
@@ -79,7 +79,7 @@ def summary_table(directory: Path) -> Table:
     for title in shown.values():
         table.add_column(title, justify="right", no_wrap=True)
     for method in methods:
-        texts = cells(method, baseline(methods))
+        texts = cells(method, baseline(methods, method.setting))
         # as Text, so that brackets in a name are not markup
         table.add_row(*(Text(texts[name]) for name in ("method", *shown)))
     return table

@@ -8,10 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-
-from gossamer.optim import Optimizer, param_groups
-from gossamer.optim.contract import Method
 
 WARM_UP = 2
 """Steps of each before any counts: state is made, code is loaded, memory is touched."""
@@ -45,7 +41,7 @@ def time_pairs(
 
     On a GPU, times are those between two events on its stream, and its cache is flushed before each step.
     """
-    seconds = _on_gpu(torch.device(device)) if torch.device(device).type == "cuda" else _on_cpu
+    seconds = stopwatch(torch.device(device))
     for _ in range(WARM_UP):
         ours()
         theirs()
@@ -54,6 +50,11 @@ def time_pairs(
         for step, times in ((ours, mine), (theirs, others))[:: -1 if index % 2 else 1]:
             times.append(seconds(step))
     return Pairs(tuple(mine), tuple(others))
+
+
+def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """A function that runs a piece of work and returns its seconds, on a GPU as `time_pairs` says."""
+    return _on_gpu(device) if device.type == "cuda" else _on_cpu
 
 
 def _on_cpu(step: Callable[[], object]) -> float:
@@ -76,19 +77,3 @@ def _on_gpu(device: torch.device) -> Callable[[Callable[[], object]], float]:
         return begun.elapsed_time(ended) / 1e3
 
     return seconds
-
-
-def step_time_ratio(make_model: Callable[[], nn.Module], method: Method, *, rounds: int) -> float:
-    """Median over `rounds` pairs of (our optimizer step) / (`torch.optim.AdamW`'s default step).
-
-    Both train a copy of the same model with the same random gradients.
-    """
-    ours, theirs = make_model(), make_model()
-    rival = torch.optim.AdamW(theirs.parameters())
-    mine = Optimizer(param_groups(ours, method))
-    generator = torch.Generator().manual_seed(0)
-    trained = ([p for p in model.parameters() if p.requires_grad] for model in (ours, theirs))
-    for p, q in zip(*trained, strict=True):
-        p.grad = torch.randn(p.shape, generator=generator).mul_(1e-3)
-        q.grad = p.grad.clone()
-    return time_pairs(mine.step, rival.step, rounds=rounds).ratio

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 MISSING = "–"
 MIB = 2**20
 
@@ -44,3 +47,10 @@ def count(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {word}"
     return f"{value:,.0f}"
+
+
+def fact(value: Any) -> str:
+    """A value of a configuration, or of whatever else a row holds."""
+    if isinstance(value, int) and value >= 10_000:
+        return f"{value:,}"
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ from gossamer.distributed.pulse import Pulse
 from gossamer.errors import UserError, first_line
 
 T = TypeVar("T")
+
+_groups = itertools.count()
+"""Every process of a run joins as often as the others."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,8 @@ def start(device: str, timeout: float = 600.0) -> World:
     backend = "nccl" if use_cuda else "gloo"
     try:
         store, rank, size = next(rendezvous("env://", timeout=patience))
-        store = PrefixStore(f"life {life}", store)  # torchrun's store still holds the addresses of those that died
+        # torchrun's store still holds the addresses of those that died, and of this process when it joined before
+        store = PrefixStore(f"life {life}, group {next(_groups)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"torchrun: cannot join the other processes: {first_line(error)}") from error

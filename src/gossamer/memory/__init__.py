@@ -1,9 +1,9 @@
 """What training takes, in bytes, found out without taking it: weights, gradients, state, activations, a step; and
 what a step, or training, takes, measured."""
 
-from gossamer.memory.activations import activations, longest_row
+from gossamer.memory.activations import activations, longest_row, operations
 from gossamer.memory.budget import Candidate, Size, candidates, parse_size
-from gossamer.memory.measure import Measured, Training, measure_step, measure_training
+from gossamer.memory.measure import Measured, Training, measure_step, measure_training, meter
 from gossamer.memory.predict import BUFFERS, FROZEN, Line, Memory, meta_model, predict
 from gossamer.memory.step import Alive, Step
 
@@ -24,6 +24,8 @@ __all__ = [
     "measure_step",
     "measure_training",
     "meta_model",
+    "meter",
+    "operations",
     "parse_size",
     "predict",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from gossamer.errors import UserError, first_line
 from gossamer.layers import Parametrization
@@ -84,14 +85,48 @@ def activations(
                 raise UserError(f"activations: {type(model).__name__} does not run: {first_line(error)}") from error
             return kept.peak
 
-        stack = _stack_of_alike(twin)
-        if stack is None:
-            return count()
-        parent, name, stacked = stack
-        counts = []
-        for depth in (1, 2):
-            setattr(parent, name, stacked[:depth])
-            counts.append(count())
+        return _over_layers(twin, count)
+
+
+def operations(
+    model: nn.Module | PretrainedConfig | str,
+    batch_size: int,
+    seq_len: int,
+    *,
+    loss: Loss,
+    layers: Parametrization | None = None,
+) -> int:
+    """Floating-point operations of the matrix products in a forward and a backward pass of one micro-batch.
+
+    Counted as `activations` counts, by running both on fake tensors. What is no matrix product is left out, and so is
+    attention, which is one fused operator.
+
+    Args:
+        model, batch_size, seq_len, loss, layers: as for `activations`.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), _NoData():
+        twin = _fake(meta_model(model, layers, torch.float32)).train()
+        _fuse_attention(twin)
+
+        def count() -> int:
+            inputs, targets = (torch.zeros(batch_size, seq_len, dtype=torch.int64) for _ in range(2))
+            with FlopCounterMode(display=False) as counter:
+                loss(twin, inputs, targets).backward()
+            return counter.get_total_flops()
+
+        return _over_layers(twin, count)
+
+
+def _over_layers(model: nn.Module, count: Callable[[], int]) -> int:
+    """A count of the whole model: where all decoder layers are alike, from its counts with one and with two of them."""
+    stack = _stack_of_alike(model)
+    if stack is None:
+        return count()
+    parent, name, stacked = stack
+    counts = []
+    for depth in (1, 2):
+        setattr(parent, name, stacked[:depth])
+        counts.append(count())
     return counts[1] + (len(stacked) - 2) * (counts[1] - counts[0])
 
 

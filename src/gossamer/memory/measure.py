@@ -182,33 +182,38 @@ class _Allocated:
         return torch.cuda.max_memory_allocated()
 
 
+def meter(device: torch.device | str) -> _Resident | _Allocated:
+    """What reads the memory of this process on a device, its peak since it was reset, and what is free put aside."""
+    return _Resident() if torch.device(device).type == "cpu" else _Allocated()
+
+
 def _measure(
     make: MakeOptimizer, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str, repeats: int
 ) -> Measured:
-    meter = _Resident() if device == "cpu" else _Allocated()
+    memory = meter(device)
     params = [nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
     for param in params:
         param.grad = torch.randn_like(param).mul_(1e-3)
 
     def peak_of(step: Callable[[], object]) -> int:
-        meter.reset_peak()
+        memory.reset_peak()
         step()
-        return meter.peak() - meter.now()
+        return memory.peak() - memory.now()
 
     warm = make(params)
     for _ in range(2):
         warm.step()
     del warm
-    meter.settle()
-    before = meter.now()
+    memory.settle()
+    before = memory.now()
     optimizer = make(params)
     first = peak_of(optimizer.step)
     peaks = [peak_of(optimizer.step) for _ in range(repeats + 1)][1:]
-    meter.settle()
+    memory.settle()
     state = num_bytes(
         value for held in optimizer.state.values() for value in held.values() if isinstance(value, torch.Tensor)
     )
-    return Measured(state, meter.now() - before - state, round(median(peaks)), first)
+    return Measured(state, memory.now() - before - state, round(median(peaks)), first)
 
 
 def _train(
@@ -224,7 +229,7 @@ def _train(
     clip: str | None,
     repeats: int,
 ) -> Training:
-    meter = _Resident() if device == "cpu" else _Allocated()
+    memory = meter(device)
 
     def stepper(size: str) -> Callable[[], None]:
         built: Any = build_model(resolve_config(size), dtype=dtype, device=device, seed=0).train()
@@ -254,19 +259,19 @@ def _train(
     for _ in range(2):
         warm()
     del warm
-    meter.settle()
-    before = meter.now()
+    memory.settle()
+    before = memory.now()
     step = stepper(model)
     for _ in range(2):
         step()
-    meter.settle()
-    held, peaks = meter.now() - before, []
+    memory.settle()
+    held, peaks = memory.now() - before, []
     for _ in range(repeats):
-        meter.settle()
-        begun = meter.now()
-        meter.reset_peak()
+        memory.settle()
+        begun = memory.now()
+        memory.reset_peak()
         step()
-        peaks.append(meter.peak() - begun)
+        peaks.append(memory.peak() - begun)
     return Training(held, round(median(peaks)))
 
 

@@ -1,4 +1,4 @@
-"""The Llama sizes that the papers pre-train, and `tiny`, which a laptop trains in a minute."""
+"""The Llama sizes that the papers pre-train, and two that a laptop trains: `tiny` in a minute, `small` in ten."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Shape:
 SHAPES = {
     # hidden matrices are 60 % of the parameters of `tiny`, as they are not at 9m: 8 MB of embeddings would hide them
     "tiny": Shape(128, 352, 4, 4, vocab=2048),
+    "small": Shape(256, 688, 8, 4, vocab=4096),
     # from GaLore's configs (Zhao et al. 2024, appendix) and the benchmark of arXiv 2505.22922
     "9m": Shape(128, 352, 4, 4),
     "20m": Shape(256, 688, 4, 4),

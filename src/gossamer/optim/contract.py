@@ -16,10 +16,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import pkgutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -100,7 +98,6 @@ class Entry:
     paper: str
     matrix_only: bool
     by_rows: bool
-    traits: Mapping[str, Any]
 
     @property
     def summary(self) -> str:
@@ -112,21 +109,19 @@ _entries: dict[str, Entry] = {}
 T = TypeVar("T")
 
 
-def register(name: str, *, paper: str, matrix_only: bool = True, by_rows: bool = False, **traits: Any):
+def register(name: str, *, paper: str, matrix_only: bool = True, by_rows: bool = False):
     """Class decorator: make a method known under `name`.
 
     Args:
         matrix_only: only parameters with two dimensions can be given to it.
         by_rows: it may be given some rows of a parameter, because it asks `ctx.rows` wherever it reduces over rows.
             Where a parameter is sharded, a method that does not say so is given all rows in every process.
-        traits: live with the method; `quick` is the preset with which `gossamer bench quick` runs it: a dict with `lr`
-            and any fields.
     """
 
     def decorate(cls: type[T]) -> type[T]:
         if name in _entries:
             raise ValueError(f"register: the name {name!r} is taken by {_entries[name].cls.__qualname__}")
-        _entries[name] = Entry(name, cls, paper, matrix_only, by_rows, MappingProxyType(traits))
+        _entries[name] = Entry(name, cls, paper, matrix_only, by_rows)
         return cls
 
     return decorate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -179,20 +180,29 @@ class Pretrain(Training[M, R], Generic[M, L, R]):
 
 
 def check_resumable(saved: dict[str, Any], config: Training[Any, Any]) -> None:
-    """Refuse to continue a run under another configuration. What the run's version did not know has its default."""
-    now = config.to_json()
-    was, is_ = saved["method"]["name"], now["method"]["name"]
+    """Refuse to continue a run under another configuration."""
+    was, is_ = saved["method"]["name"], config.to_json()["method"]["name"]
     if was != is_:
         raise UserError(f"resume: the checkpoint was made by method {was!r}, this run asks for {is_!r}")
+    for key, old, value in differences(saved, config):
+        if key.split(".")[0] not in MAY_CHANGE_ON_RESUME:
+            raise UserError(f"resume: {key} was {old!r} in the checkpoint and is {value!r} now; use another --out")
+
+
+def differences(saved: dict[str, Any], config: Training[Any, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Option, old and new value wherever a saved configuration is another than this one.
+
+    What the version that saved it did not know has its default.
+    """
     parts = {part.name: getattr(config, part.name) for part in fields(config)}
     defaults: dict[str, Any] = {name: type(it)() for name, it in parts.items() if is_dataclass(it)}
     unsaid = _flatten(type(config)(**defaults).to_json())
-    before, after = _flatten(saved), _flatten(now)
+    before, after = _flatten(saved), _flatten(config.to_json())
     for key in before | after:
         known = key.split(".")[0] in before  # as None: it had no such part
         old, value = before.get(key, None if known else unsaid.get(key)), after.get(key)
-        if key.split(".")[0] not in MAY_CHANGE_ON_RESUME and old != value:
-            raise UserError(f"resume: {key} was {old!r} in the checkpoint and is {value!r} now; use another --out")
+        if old != value:
+            yield key, old, value
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from gossamer.distributed import World, local, start, stop
-from gossamer.errors import UserError
+from gossamer.errors import Diverged, UserError
 from gossamer.memory import predict
 from gossamer.optim.diagnostics import Diagnostics
 from gossamer.restarts import Restarter, in_words
@@ -179,7 +179,7 @@ class Run:
         loss, lr = total / count, float(self.scheduler.get_last_lr()[0])
         finite = math.isfinite(loss) and math.isfinite(norm)
         if not finite and config.on_nonfinite == "stop":
-            raise UserError(
+            raise Diverged(
                 f"step {self.done + 1}: the loss is {loss} and the gradient norm is {norm}; stopped "
                 f"{self.gradients.stopped}; {self.checkpoints.last_good()}"
             )
@@ -218,7 +218,7 @@ class Run:
 
     def _save(self) -> None:
         if self.world.any(not all(bool(local(p).isfinite().all()) for p in self.model.parameters())):
-            raise UserError(f"step {self.done}: a weight is not finite; not saved; {self.checkpoints.last_good()}")
+            raise Diverged(f"step {self.done}: a weight is not finite; not saved; {self.checkpoints.last_good()}")
         self._settle()
         counted = {"seconds": self.seconds, "tokens": self.tokens, "skipped": self.skipped}
         made_by = {"data": self.job.fingerprint, "config": self.plain}

@@ -19,7 +19,6 @@ from gossamer.rows import HERE, Rows, entries
     paper="Shazeer and Stern, Adafactor, ICML 2018, arXiv 1804.04235",
     matrix_only=False,
     by_rows=True,
-    quick={"lr": 1.5e-2},
 )
 @dataclass(frozen=True)
 class Adafactor:

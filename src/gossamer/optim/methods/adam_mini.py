@@ -19,7 +19,6 @@ from gossamer.rows import entries
     paper="Zhang et al., Adam-mini, ICLR 2025, arXiv 2406.16793",
     matrix_only=False,
     by_rows=True,
-    quick={"lr": 4e-4, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class AdamMini:

@@ -20,7 +20,6 @@ from gossamer.optim.sweep import Sweep
     paper="Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101",
     matrix_only=False,
     by_rows=True,
-    quick={"lr": 4e-4, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class AdamW:
@@ -88,7 +87,6 @@ class AdamW:
     paper="Dettmers et al., 8-bit Optimizers via Block-wise Quantization, ICLR 2022, arXiv 2110.02861",
     matrix_only=False,
     by_rows=True,
-    quick={"lr": 4e-4, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class AdamW8bit(AdamW):

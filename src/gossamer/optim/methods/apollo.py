@@ -19,9 +19,7 @@ from gossamer.rows import Rows
 PAPER = "Zhu et al., APOLLO, MLSys 2025, arXiv 2412.05270"
 
 
-@register(
-    "apollo", paper=PAPER, by_rows=True, quick={"lr": 3e-3, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)}
-)
+@register("apollo", paper=PAPER, by_rows=True)
 @dataclass(frozen=True)
 class Apollo:
     """SGD with a learning rate for each channel, read off an Adam that sees a random projection of the gradient.
@@ -115,9 +113,7 @@ class Apollo:
         return torch.randn(size, rank, dtype=grad.dtype, device=grad.device, generator=generator).div_(rank**0.5)
 
 
-@register(
-    "apollo-mini", paper=PAPER, by_rows=True, quick={"lr": 1e-3, "rank": 1, "update_proj_gap": 50, "betas": (0.9, 0.95)}
-)
+@register("apollo-mini", paper=PAPER, by_rows=True)
 @dataclass(frozen=True)
 class ApolloMini(Apollo):
     """APOLLO at rank 1 with one factor for the whole matrix: state of two vectors.

@@ -20,7 +20,6 @@ from gossamer.optim.sweep import Sweep
     "fira",
     paper="Chen et al., Fira, NeurIPS 2025, arXiv 2410.01623",
     by_rows=True,
-    quick={"lr": 2e-3, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class Fira:

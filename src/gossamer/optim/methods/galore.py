@@ -18,7 +18,6 @@ from gossamer.optim.sweep import Sweep
     "galore",
     paper="Zhao et al., GaLore, ICML 2024, arXiv 2403.03507",
     by_rows=True,
-    quick={"lr": 6e-4, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class GaLore:
@@ -99,7 +98,6 @@ class GaLore:
     "galore-8bit",
     paper="Zhao et al., GaLore, ICML 2024, arXiv 2403.03507",
     by_rows=True,
-    quick={"lr": 6e-4, "rank": 32, "update_proj_gap": 50, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class GaLore8bit(GaLore):

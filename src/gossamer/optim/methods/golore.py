@@ -18,13 +18,6 @@ from gossamer.optim.sweep import Sweep
     "golore",
     paper="He et al., Subspace Optimization for LLMs with Convergence Guarantees, ICML 2025, arXiv 2410.11289",
     by_rows=True,
-    quick={
-        "lr": 6e-4,
-        "rank": 32,
-        "update_proj_gap": 50,
-        "random_after": 160,
-        "betas": (0.9, 0.95),
-    },
 )
 @dataclass(frozen=True)
 class GoLore:

@@ -115,7 +115,7 @@ class Tracker:
         return passes
 
 
-@register("gossamer", paper=PAPER, by_rows=True, quick={"lr": 4e-4, "rank": 32})
+@register("gossamer", paper=PAPER, by_rows=True)
 @dataclass(frozen=True)
 class Gossamer(Tracker):
     """AdamW whose first moment follows the exact average in two thin factors.
@@ -291,7 +291,7 @@ class Second:
         return {"v": (self.b, factors.followed_a(self.b, self.state["v_B"], self.state["v_A"], below, self.decay))}
 
 
-@register("gossamer-lion", paper=PAPER, by_rows=True, quick={"lr": 2e-4, "rank": 32})
+@register("gossamer-lion", paper=PAPER, by_rows=True)
 @dataclass(frozen=True)
 class GossamerLion(Tracker):
     """Lion whose momentum follows the exact average in two thin factors.
@@ -341,7 +341,7 @@ class GossamerLion(Tracker):
         self.follow_launch_(batch, "none", m=m, v=None, rest=rest)
 
 
-@register("gossamer-muon", paper=PAPER, by_rows=True, quick={"lr": 5e-3, "rank": 32})
+@register("gossamer-muon", paper=PAPER, by_rows=True)
 @dataclass(frozen=True)
 class GossamerMuon(Tracker):
     """Muon whose momentum follows the exact average in two thin factors.

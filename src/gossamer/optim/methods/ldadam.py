@@ -16,7 +16,6 @@ from gossamer.optim.subspace import Subspace
     "ldadam",
     paper="Robert et al., LDAdam, ICLR 2025, arXiv 2410.16103",
     by_rows=True,
-    quick={"lr": 6e-4, "rank": 32},
 )
 @dataclass(frozen=True)
 class LDAdam:

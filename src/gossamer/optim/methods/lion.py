@@ -15,7 +15,6 @@ from gossamer.optim.contract import Context, State, check_adam, register
     paper="Chen et al., Symbolic Discovery of Optimization Algorithms, NeurIPS 2023, arXiv 2302.06675",
     matrix_only=False,
     by_rows=True,
-    quick={"lr": 2e-4},
 )
 @dataclass(frozen=True)
 class Lion:

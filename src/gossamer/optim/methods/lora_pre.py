@@ -122,7 +122,7 @@ class Fit:
             self.a.lerp_(self.below, self.gamma)
 
 
-@register("lora-pre", paper=PAPER, by_rows=True, quick={"lr": 2e-4, "rank": 32})
+@register("lora-pre", paper=PAPER, by_rows=True)
 @dataclass(frozen=True, kw_only=True)
 class LoRAPre(Regression):
     """Both of Adam's moments as products of rank-r factors, advanced by one block-Newton step: Algorithm 1 as printed.
@@ -275,7 +275,7 @@ class LoRAPre(Regression):
         return {"m": m.div_(1 - decay1**m_step), "v": v.div_(1 - decay2**v_step).square_()}
 
 
-@register("lora-pre-stable", paper=f"{PAPER}; stabilised here", by_rows=True, quick={"lr": 2e-4, "rank": 32})
+@register("lora-pre-stable", paper=f"{PAPER}; stabilised here", by_rows=True)
 @dataclass(frozen=True, kw_only=True)
 class LoRAPreStable(LoRAPre):
     """LoRA-Pre with sequential updates, relative damping and a second moment whose weights sum to one.
@@ -290,7 +290,7 @@ class LoRAPreStable(LoRAPre):
     damping_mode: Literal["absolute", "relative"] = "relative"
 
 
-@register("lora-pre-muon", paper=PAPER, by_rows=True, quick={"lr": 5e-3, "rank": 32})
+@register("lora-pre-muon", paper=PAPER, by_rows=True)
 @dataclass(frozen=True, kw_only=True)
 class LoRAPreMuon(Regression):
     """Muon's momentum as one product of rank-r factors: Algorithm 2.

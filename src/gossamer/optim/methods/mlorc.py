@@ -130,9 +130,7 @@ def _two(thin: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     return thin[0], thin[1] if len(thin) > 1 else None
 
 
-@register(
-    "mlorc", paper=PAPER, by_rows=True, quick={"lr": 4e-4, "rank": 32, "power_iterations": 1, "betas": (0.9, 0.95)}
-)
+@register("mlorc", paper=PAPER, by_rows=True)
 @dataclass(frozen=True)
 class MLorc(Compression):
     """AdamW whose two moments are compressed after use: this step sees them whole, only their history is low-rank.
@@ -207,7 +205,7 @@ class MLorc(Compression):
         return {"m": m / (1 - self.betas[0] ** m_step), "v": v / (1 - self.betas[1] ** v_step)}
 
 
-@register("mlorc-lion", paper=PAPER, by_rows=True, quick={"lr": 2e-4, "rank": 32, "power_iterations": 1})
+@register("mlorc-lion", paper=PAPER, by_rows=True)
 @dataclass(frozen=True)
 class MLorcLion(Compression):
     """Lion with a compressed momentum.
@@ -258,7 +256,6 @@ class MLorcLion(Compression):
     "mlorc-muon",
     paper=f"{PAPER}; applied to Muon here",
     by_rows=True,
-    quick={"lr": 5e-3, "rank": 32, "power_iterations": 1},
 )
 @dataclass(frozen=True)
 class MLorcMuon(Compression):

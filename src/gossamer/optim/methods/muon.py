@@ -12,9 +12,7 @@ from gossamer.optim.contract import Context, State, check_choice, check_decay, r
 from gossamer.rows import Parts, finish
 
 
-@register(
-    "muon", paper="Jordan et al., Muon, 2024, kellerjordan.github.io/posts/muon", by_rows=True, quick={"lr": 5e-3}
-)
+@register("muon", paper="Jordan et al., Muon, 2024, kellerjordan.github.io/posts/muon", by_rows=True)
 @dataclass(frozen=True)
 class Muon:
     """The nearest semi-orthogonal matrix to the momentum: every singular direction moves alike. One moment of state.

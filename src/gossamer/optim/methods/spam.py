@@ -18,7 +18,6 @@ from gossamer.optim.contract import Context, State, check_adam, register
     paper="Huang et al., SPAM, ICLR 2025, arXiv 2501.06842",
     matrix_only=False,
     by_rows=True,
-    quick={"lr": 4e-4, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class SPAM:

@@ -17,7 +17,6 @@ from gossamer.optim.contract import Context, State, check_adam, register
     paper="Huang et al., Stable-SPAM, 2025, arXiv 2502.17055",
     matrix_only=False,
     by_rows=True,
-    quick={"lr": 4e-4, "betas": (0.9, 0.95)},
 )
 @dataclass(frozen=True)
 class StableSPAM:

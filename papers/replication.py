@@ -1,0 +1,146 @@
+"""Our own comparison, at sizes that two cores train: every method and every kind of low-rank weights, each at its own
+learning rate.
+
+    gossamer reproduce papers/replication.py::tiny --data "wikipedia/train-*.jsonl.xz,wikinews/train.jsonl.xz"
+
+then `ranks` and `small`, which take their learning rates from what `tiny` found.
+
+Whatever is no hidden matrix (embeddings, output head, norms) is trained by one AdamW in all runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from gossamer.bench import Follow, Order, Recipe, Run, Sweep, Table, presets
+from gossamer.data import DataConfig
+from gossamer.layers import LORO, LoRA
+from gossamer.models import SHAPES
+from gossamer.optim.methods.adamw import AdamW
+from gossamer.restarts import Restarts
+from gossamer.train import Pretrain
+
+RESTARTS = Restarts(every=50, recovery_steps=5, scope="all")
+ADAMW = AdamW(betas=(0.9, 0.95))
+RECIPES = presets("quick") | {
+    "lora": Recipe("lora", ADAMW, 1e-3, LoRA(rank=32)),
+    "loro": Recipe("loro", ADAMW, 5e-4, LORO(rank=32), RESTARTS),
+}
+"""What is compared: each begins at the rate that it has in `gossamer bench quick`."""
+
+FAMILIES = {
+    "full rank": ("adamw", "adamw-8bit", "adam-mini", "adafactor", "lion", "muon", "spam", "stable-spam"),
+    "factored momentum": ("lora-pre", "lora-pre-stable", "lora-pre-muon", "mlorc", "mlorc-lion", "mlorc-muon",
+                          "gossamer", "gossamer-lion", "gossamer-muon"),
+    "projected gradients": ("galore", "galore-8bit", "golore", "fira", "apollo", "apollo-mini", "ldadam"),
+    "low-rank weights": ("low-rank", "low-rank-restarts", "sltrain", "sltrain-restarts", "relora", "lora", "loro"),
+}  # fmt: skip
+"""Methods that save memory in the same way, or not at all."""
+ALWAYS = ("adamw", "galore", "lora-pre", "mlorc", "gossamer", "low-rank", "low-rank-restarts", "sltrain",
+          "sltrain-restarts")  # fmt: skip
+"""What the claims are about: trained with every seed, as is the best of each family."""
+
+
+def leading(losses: Mapping[str, float]) -> Iterable[str]:
+    """The best of each family and those of `ALWAYS`, the best first."""
+    families = [[name for name in family if name in losses] for family in FAMILIES.values()]
+    best = {min(family, key=losses.__getitem__) for family in families if family}
+    return sorted(best | set(ALWAYS) & losses.keys(), key=losses.__getitem__)
+
+
+_BENCHMARK, _LORA_PRE = "arXiv 2505.22922", "arXiv 2602.24283"
+ORDERS = (
+    Order(("adamw", "low-rank-restarts", "low-rank"), _BENCHMARK),
+    Order(("adamw", "sltrain-restarts", "sltrain"), _BENCHMARK),
+    Order(("lora-pre", "galore"), _LORA_PRE),
+    Order(("lora-pre", "adamw"), _LORA_PRE),
+    Order(("gossamer", "lora-pre"), "ours"),
+    Order(("gossamer", "mlorc"), "ours"),
+)
+
+
+def _run(table: str, recipe: Recipe, size: str, seed: int, method: str | None = None) -> Run:
+    """400 steps of 2,048 tokens on text that `--data` names."""
+    config = Pretrain(
+        method=recipe.method,
+        layers=recipe.layers,
+        restarts=recipe.restarts,
+        model=size,
+        data=DataConfig("", vocab_size=SHAPES[size].vocab, seq_len=256),
+        steps=400,
+        batch_size=8,
+        lr=recipe.lr,
+        fallback=ADAMW,
+        fallback_lr=4e-3,
+        eval_every=100,
+        eval_tokens=100_000,
+        save_every=100,
+        keep_last=1,
+        seed=seed,
+    )
+    return Run(table, size, method or recipe.name, config)
+
+
+def run_tiny(size: str, method: str, seed: int) -> Run:
+    """A minute or two on one core."""
+    return _run("tiny", RECIPES[method], size, seed)
+
+
+tiny = Table(
+    title="every method, d = 128, 4 layers, 0.8 M tokens",
+    sizes=("tiny",),
+    methods=tuple(RECIPES),
+    run=run_tiny,
+    orders=ORDERS,
+    sweep=Sweep(factors=(1.0, 2.0, 0.5, 4.0), most=7, leading=leading),
+)
+
+_EIGHTH = f"{_LORA_PRE}, Figure 2: an eighth of the rank is enough"
+RANKS = (4, 8, 16, 32, 64, 128)
+
+
+def _without_rank(method: str) -> str:
+    return method.rpartition("-r")[0]
+
+
+def run_rank(size: str, method: str, seed: int) -> Run:
+    """`galore-r16` is GaLore at rank 16; of d = 128."""
+    recipe = RECIPES[_without_rank(method)]
+    ranked: Any = replace(recipe.method, rank=int(method.rpartition("-r")[2]))  # pyright: ignore
+    return _run("ranks", replace(recipe, method=ranked), size, seed, method)
+
+
+ranks = Table(
+    title="LoRA-Pre and GaLore by rank, at the two rates that were best in `tiny`",
+    sizes=("tiny",),
+    methods=tuple(f"{method}-r{rank}" for rank in RANKS for method in ("lora-pre", "galore")),
+    run=run_rank,
+    orders=tuple(Order((f"lora-pre-r{rank // 8}", f"galore-r{rank}"), _EIGHTH, 0.01) for rank in (32, 64, 128)),
+    follows=Follow("tiny", rates=2, method_of=_without_rank),
+    seeds=2,
+)
+"""An eighth of the rank is enough if perplexity rises by less than 1 %."""
+
+
+def run_small(size: str, method: str, seed: int) -> Run:
+    """Ten minutes on one core; ranks are a quarter of d, as in `tiny`."""
+    recipe = RECIPES[method]
+    parts: dict[str, Any] = {
+        name: replace(part, rank=64)  # pyright: ignore
+        for name in ("method", "layers")
+        if getattr(part := getattr(recipe, name), "rank", None) == 32
+    }
+    return _run("small", replace(recipe, **parts), size, seed)
+
+
+small = Table(
+    title="the leading six of `tiny`, d = 256, 8 layers, 0.8 M tokens, at the two rates that were best there",
+    sizes=("small",),
+    methods=tuple(RECIPES),
+    run=run_small,
+    orders=ORDERS,
+    follows=Follow("tiny", rates=2, leading=6),
+    seeds=2,
+)

@@ -1,0 +1,215 @@
+"""A table of a paper: what it claims, as data with sources, and the runs that stand behind a claim, as a function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gossamer.errors import UserError
+from gossamer.train import Pretrain
+
+Finished = Mapping[str, dict[str, Any]]
+"""Rows of finished runs: the last one of each label."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published number."""
+
+    value: float
+    source: str
+    """Where it is printed."""
+    caveats: str = ""
+    """What a reader has to know who compares with it: not looked up, not tuned, another accounting."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A claim that methods rank, the lowest perplexity first, each pair of neighbours being a statement of its own."""
+
+    methods: tuple[str, ...]
+    source: str
+    margin: float = 0.0
+    """How far above the next one's a log perplexity may be and still count as no worse."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a table or a suite."""
+
+    table: str
+    size: str
+    method: str
+    config: Pretrain[Any, Any, Any]
+    """All that is trained, but for the folder it is trained in."""
+    caveats: str = ""
+    """What of it is not the paper's."""
+    trial: int | None = None
+    """Its number, where more than the learning rate and the seed tells the runs of a cell apart."""
+
+    @property
+    def label(self) -> str:
+        """Its name in rows: a table has one run of a name."""
+        name = f"{self.size} {self.method} lr {self.config.lr:g} seed {self.config.seed}"
+        return name if self.trial is None else f"{name} trial {self.trial}"
+
+    @property
+    def folder(self) -> str:
+        return self.label.replace(" ", "-")
+
+    def at(self, lr: float) -> Run:
+        """The same at another learning rate of hidden matrices."""
+        return replace(self, config=replace(self.config, lr=lr))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Which learning rates of a cell are tried, and which cells get more seeds."""
+
+    factors: tuple[float, ...] = (1.0,)
+    """Of the run's own rate, in the order in which they are tried, with seed 0."""
+    most: int = 1
+    """Rates, at most: while the best one is the smallest or the largest, the next by a factor of 2 is tried as well."""
+    leading: Callable[[Mapping[str, float]], Iterable[str]] = list
+    """Which methods, of all with their losses at their best rates, the other seeds are for."""
+
+
+@dataclass(frozen=True)
+class Follow:
+    """Cells that begin where another table of the same file ended, at the learning rates that were best there."""
+
+    table: str
+    rates: int
+    """Best ones of each method."""
+    leading: int | None = None
+    """Only so many methods, the best there; None: all."""
+    method_of: Callable[[str], str] = str
+    """The other table's method whose rates a method takes."""
+
+    def rates_of(self, methods: Sequence[str], before: Finished) -> dict[str, list[float]]:
+        """Learning rates, the best first, of each method that is to run.
+
+        Raises:
+            UserError: the other table has no finished run of a method.
+        """
+        found = {method: _by_rate(self.method_of(method), before) for method in methods}
+        if missing := [method for method, losses in found.items() if not losses]:
+            raise UserError(f"table: its rates are those of {self.table}, which has no finished run of {missing[0]}")
+        ranked = {method: sorted(losses, key=lambda lr: (losses[lr], lr)) for method, losses in found.items()}
+        if self.leading is not None:
+            methods = sorted(methods, key=lambda method: found[method][ranked[method][0]])[: self.leading]
+        return {method: ranked[method][: self.rates] for method in methods}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of results: its cells are methods by sizes, and each may carry what was published."""
+
+    title: str
+    sizes: tuple[str, ...]
+    """Of models."""
+    methods: tuple[str, ...]
+    run: Callable[[str, str, int], Run]
+    """The training of (size, method, seed)."""
+    perplexities: Mapping[tuple[str, str], Claim] = field(default_factory=dict)
+    """By method and size: legacy perplexities, as papers print them. Methods that are not ours have no runs."""
+    gigabytes: Mapping[tuple[str, str], Claim] = field(default_factory=dict)
+    """By method and size: weights and optimizer state, in GB of 1e9 bytes."""
+    orders: tuple[Order, ...] = ()
+    """Claimed at every size."""
+    sweep: Sweep = Sweep()
+    follows: Follow | None = None
+    """Where the learning rates come from, if not from the runs and the factors of `sweep`."""
+    seeds: int = 3
+    """Of a cell, from 0 on."""
+
+    def wanted(
+        self, sizes: Sequence[str], methods: Sequence[str], seeds: int, finished: Finished, before: Finished
+    ) -> Iterator[Run]:
+        """The runs of these cells, so far as what is finished tells which they are: cheap and broad ones first.
+
+        Args:
+            before: what the table that this one follows has found.
+        """
+        for size in sizes:
+            if self.follows is not None:
+                tried = self.follows.rates_of(methods, before)
+            else:
+                rates = {method: self.run(size, method, 0).config.lr for method in methods}
+                tried = {method: [_rounded(lr * it) for it in self.sweep.factors] for method, lr in rates.items()}
+            for place in range(max(map(len, tried.values()))):
+                for method, lrs in tried.items():
+                    if place < len(lrs):
+                        yield self.run(size, method, 0).at(lrs[place])
+            found: dict[str, dict[float, float]] = {}
+            for method, lrs in tried.items():
+                first = self.run(size, method, 0)
+                while (losses := _losses(first, lrs, finished)) and (more := self._next_rate(losses)):
+                    lrs.append(more)
+                    yield first.at(more)
+                found[method] = losses
+            if not all(found.values()):
+                continue
+            best = {method: best_rate(losses) for method, losses in found.items()}
+            leading = self.sweep.leading({method: found[method][lr] for method, lr in best.items()})
+            for seed in range(1, seeds):
+                for method in leading:
+                    yield self.run(size, method, seed).at(best[method])
+
+    def _next_rate(self, losses: Mapping[float, float]) -> float | None:
+        if len(losses) >= self.sweep.most:
+            return None
+        best, lowest, highest = best_rate(losses), min(losses), max(losses)
+        return _rounded(lowest / 2) if best == lowest else _rounded(highest * 2) if best == highest else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The finished runs of a method at one size, at the learning rate that was best with seed 0."""
+
+    rows: tuple[dict[str, Any], ...]
+    """One a seed."""
+    rates: int
+    """Learning rates tried."""
+
+    def all_of(self, name: str) -> list[float | None]:
+        """A number of each run; None where it diverged."""
+        return [row[name] for row in self.rows]
+
+
+def cell(size: str, method: str, finished: Finished) -> Cell:
+    """What is there of a cell."""
+    losses = _by_rate(method, finished, size)
+    if not losses:
+        return Cell((), 0)
+    lr = best_rate(losses)
+    own = [row for row in finished.values() if (row["size"], row["method"], row["lr"]) == (size, method, lr)]
+    return Cell(tuple(sorted(own, key=lambda row: row["seed"])), len(losses))
+
+
+def best_rate(losses: Mapping[float, float]) -> float:
+    """The smallest of those with the lowest loss."""
+    return min(losses, key=lambda lr: (losses[lr], lr))
+
+
+def _losses(run: Run, rates: Sequence[float], finished: Finished) -> dict[float, float]:
+    """At each rate the final validation loss; empty until all are there."""
+    rows = [finished.get(run.at(lr).label) for lr in rates]
+    return {} if None in rows else {lr: _loss(row) for lr, row in zip(rates, rows, strict=True) if row}
+
+
+def _by_rate(method: str, finished: Finished, size: str | None = None) -> dict[float, float]:
+    """At each rate that there is with seed 0, of a size or of the only one."""
+    rows = [row for row in finished.values() if row["method"] == method and row["seed"] == 0]
+    return {row["lr"]: _loss(row) for row in rows if size in (None, row["size"])}
+
+
+def _loss(row: dict[str, Any]) -> float:
+    """Infinite where the run diverged."""
+    return math.inf if row["loss"] is None else row["loss"]
+
+
+def _rounded(lr: float) -> float:
+    return float(f"{lr:.6g}")  # as in labels

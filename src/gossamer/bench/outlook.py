@@ -1,0 +1,72 @@
+"""What a run will take, before it is started: tokens, memory, and time by floating-point operations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+from rich.table import Table as Grid
+
+from gossamer.bench.claim import Run
+from gossamer.evaluate import token_loss
+from gossamer.layers import Parametrization
+from gossamer.memory import activations, meta_model, operations, predict
+
+SIDE, SECONDS = 1024, 1.0
+"""Of the matrices by which this device's rate is measured, and for how long."""
+
+
+def plan_table(runs: Iterable[Run]) -> Grid:
+    """A line for each run; `rows` are those of a forward pass.
+
+    Bytes are those of one process that holds the whole model and steps by the reference. Hours are at least: all matrix
+    products of forward and backward passes, at the rate of one product here.
+    """
+    grid = Grid(title="GiB of one process; hours on one device like this, at the least")
+    for column in ("size", "method", "rate", "steps", "tokens", "rows", "weights", "gradients", "state", "step",
+                   "activations", "total", "hours"):  # fmt: skip
+        grid.add_column(column, justify="left" if column in ("size", "method") else "right", no_wrap=True)
+    grid.add_column("not the paper's")
+    for run in runs:
+        config = run.config
+        dtype = getattr(torch, config.dtype)
+        model = meta_model(config.model, config.layers, dtype, config.layer_targets)
+        memory = predict(model, config.method, fallback=config.fallback)
+        rows = config.micro_batch_size or config.batch_size
+        kept = _activations(config.model, config.layers, dtype, rows, config.data.seq_len, config.checkpointing)
+        sizes = memory.weights, memory.gradients, memory.state, memory.step.transient + memory.scratch, kept
+        slots = config.steps * config.batch_size * config.data.seq_len
+        passes = config.steps * config.batch_size / rows
+        hours = passes * _operations(config.model, config.layers, rows, config.data.seq_len) / 3600
+        gib = [f"{size / 2**30:,.3g}" for size in (*sizes, sum(sizes))]
+        grid.add_row(
+            run.size, run.method, f"{config.lr:g}", f"{config.steps:,}", f"{slots / 1e6:,.1f} M", str(rows), *gib,
+            f"{hours / _rate(config.device, dtype):,.3f}", run.caveats,
+        )  # fmt: skip
+    return grid
+
+
+@cache  # methods of one model have the same
+def _activations(
+    model: str, layers: Parametrization | None, dtype: torch.dtype, rows: int, seq_len: int, checkpointing: bool
+) -> int:
+    return activations(model, rows, seq_len, checkpointing, loss=token_loss, layers=layers, dtype=dtype)
+
+
+@cache
+def _operations(model: str, layers: Parametrization | None, rows: int, seq_len: int) -> int:
+    return operations(model, rows, seq_len, loss=token_loss, layers=layers)
+
+
+@cache
+def _rate(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a matrix product here."""
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    a = torch.randn(SIDE, SIDE, dtype=dtype, device=where)
+    done, begun = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - begun) < SECONDS or not done:
+        (a @ a).sum().item()  # waits for a GPU
+        done += 1
+    return 2 * SIDE**3 * done / seconds

@@ -1,0 +1,175 @@
+"""`gossamer reproduce`: a table of a paper, trained as far as it is missing, and ours beside the paper's."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.text import Text
+
+from gossamer.bench.claim import Finished, Run, Table
+from gossamer.bench.outlook import plan_table
+from gossamer.bench.runner import Rows, of_main, work
+from gossamer.bench.verdict import show
+from gossamer.errors import UserError, first_line, nearest
+
+ROUNDS = 5
+"""Of timed steps a run."""
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Train what a table of a paper lacks, and print ours beside the paper's.
+
+    Finished runs are kept in `rows.jsonl`: the same command again trains only what is missing. Several processes may
+    work on one table at the same time, each started by the same command; under `torchrun` they train each run together.
+    """
+
+    table: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="path::name")] = "papers"
+    """A table: a Python file and its name there, as `papers/galore.py::table2`. With --list also a file or a folder."""
+    sizes: tuple[str, ...] = ()
+    """Of the table's model sizes; none named: all."""
+    methods: tuple[str, ...] = ()
+    """Of the table's methods; none named: all."""
+    seeds: int | None = None
+    """Runs of a cell, with seeds 0, 1, ...; None: the table's own number."""
+    data: str | None = None
+    """Training text in place of the table's: as `gossamer pretrain --data`, several files or globs with commas."""
+    tokenizer: str | None = None
+    """In place of the table's: as `gossamer pretrain --tokenizer`."""
+    micro_batch_size: int | None = None
+    """Rows of one forward pass in one process; None: the table's."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    out: Path | None = None
+    """Folder of `rows.jsonl`; None: results/<file>_<name>."""
+    runs: Path | None = None
+    """Folder of logs and checkpoints; None: runs/<file>_<name>. Checkpoints of finished runs are deleted."""
+    train: bool = True
+    """Train what is missing; off: print what is there."""
+    dry_run: bool = False
+    """Print tokens, steps, memory and an estimated time of each cell, and train nothing."""
+    list: bool = False
+    """Name every table of the file or folder with its sizes and methods, and do nothing else."""
+
+    def __post_init__(self) -> None:
+        if self.seeds is not None and self.seeds < 1:
+            raise UserError(f"seeds: {self.seeds} is too small; allowed: an integer >= 1")
+
+
+def reproduce(options: Reproduce, console: Console) -> None:
+    """Do what the options ask for; results go to the console.
+
+    Raises:
+        UserError: no such file, table, size or method; no text.
+    """
+    if options.list:
+        _list(options.table, console)
+        return
+    path, name = _parts(options.table)
+    chosen = _Chosen(path, name, options)
+    if options.dry_run:
+        console.print(plan_table(chosen.first_runs()))
+        return
+    if options.train:
+        work(chosen.wanted, chosen.rows, device=options.device, rounds=ROUNDS, keep=False)
+    of_main(options.device, lambda _: show(chosen.table, chosen.sizes, chosen.methods, chosen.rows.read(), console))
+
+
+class _Chosen:
+    """The part of a table that the options choose, and where its rows are."""
+
+    def __init__(self, path: Path, name: str, options: Reproduce) -> None:
+        self.options, self.table = options, load_table(path, name)
+        self.sizes = _chosen("sizes", options.sizes, self.table.sizes)
+        self.methods = _chosen("methods", options.methods, self.table.methods)
+        out = options.out or Path("results") / f"{path.stem}_{name}"
+        self.rows = Rows(out / "rows.jsonl", options.runs or Path("runs") / f"{path.stem}_{name}")
+        self.before: Finished = {}
+        if (follows := self.table.follows) is not None:
+            self.before = Rows(out.parent / f"{path.stem}_{follows.table}" / "rows.jsonl", self.rows.runs).read()
+
+    def wanted(self, finished: Finished) -> list[Run]:
+        seeds = self.options.seeds or self.table.seeds
+        return [self._trained(run) for run in self.table.wanted(self.sizes, self.methods, seeds, finished, self.before)]
+
+    def first_runs(self) -> list[Run]:
+        """One of each cell."""
+        return [self._in_portions(self.table.run(size, method, 0)) for size in self.sizes for method in self.methods]
+
+    def _trained(self, run: Run) -> Run:
+        """The run on the text that the options name."""
+        data: Any = {key: value for key in ("data", "tokenizer") if (value := getattr(self.options, key)) is not None}
+        text = replace(run.config.data, **data)
+        if not text.data:
+            raise UserError(f"data: table {run.table!r} has no text of its own; name files by --data")
+        return self._in_portions(replace(run, config=replace(run.config, data=text)))
+
+    def _in_portions(self, run: Run) -> Run:
+        micro = self.options.micro_batch_size or run.config.micro_batch_size
+        return replace(run, config=replace(run.config, micro_batch_size=micro))
+
+
+def _list(text: str, console: Console) -> None:
+    path = Path(text.partition("::")[0])
+    files = sorted(path.glob("*.py")) if path.is_dir() else [path]
+    found = {f"{file}::{name}": table for file in files for name, table in tables_in(file).items()}
+    if not found:
+        raise UserError(f"table: no table in {path}")
+    for name, table in found.items():
+        lines = f"{name}  {table.title}", f"  sizes    {' '.join(table.sizes)}", f"  methods  {' '.join(table.methods)}"
+        for line in lines:
+            console.print(Text(line), soft_wrap=True)
+
+
+def _chosen(what: str, names: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(name for word in names for name in word.split(","))
+    for name in names:
+        if name not in known:
+            raise UserError(f"{what}: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+    return names or known
+
+
+def _parts(text: str) -> tuple[Path, str]:
+    path, _, name = text.partition("::")
+    if not name:
+        raise UserError(f"table: {text!r} names no table; allowed: path::name, as papers/galore.py::table2")
+    return Path(path), name
+
+
+def load_table(path: Path, name: str) -> Table:
+    """A table by the file that it is written in and its name there."""
+    known = tables_in(path)
+    if name not in known:
+        raise UserError(f"table: {path} has no {name!r}{nearest(name, known)}; known: {', '.join(known) or 'none'}")
+    return known[name]
+
+
+def tables_in(path: Path) -> dict[str, Table]:
+    """Every table of a Python file, by name. The file is run; it may import its package, or files beside it.
+
+    Raises:
+        UserError: there is no such file, or it does not run.
+    """
+    path = path.resolve()
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"table: no such Python file: {path}")
+    root = path.parent.parent if (path.parent / "__init__.py").exists() else path.parent
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    name = f"table {path}"  # nobody's module but this file's
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"table: {path} does not run: {type(error).__name__}: {first_line(error)}") from error
+    finally:
+        del sys.modules[name]
+    return {key: value for key, value in vars(module).items() if isinstance(value, Table)}

@@ -1,0 +1,137 @@
+"""What runs say about a claim, by arithmetic that is stated: intervals of log perplexities at 95 %.
+
+A cell is its finished runs at one learning rate, a log perplexity x_i a seed, n of them, mean x and sample deviation s.
+
+- Against a published perplexity p, which is one run of its authors: `x +- t(n - 1) s sqrt(1 + 1/n)`, where one more run
+  of ours would lie. Within it p agrees; beyond it ours is better or worse.
+- Two cells of ours: Welch's interval of the difference of means, `x_a - x_b +- t(nu) sqrt(s_a^2/n_a + s_b^2/n_b)`.
+  "a before b" holds where all of it lies below the claim's margin, and is refuted where all of it lies above.
+
+One seed has no deviation, and so no verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, variance
+
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+from scipy.special import stdtrit
+
+from gossamer.bench.claim import Cell, Claim, Finished, Table, cell
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    low: float
+    high: float
+
+
+def of_one_more(values: Sequence[float]) -> Interval:
+    """Where one more value like these, at least two, lies."""
+    n = len(values)
+    half = _quantile(n - 1) * math.sqrt(variance(values) * (1 + 1 / n))
+    return Interval(fmean(values) - half, fmean(values) + half)
+
+
+def of_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """Welch's interval of mean(a) - mean(b), at least two values each."""
+    parts = variance(a) / len(a), variance(b) / len(b)
+    difference = fmean(a) - fmean(b)
+    if not any(parts):
+        return Interval(difference, difference)
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(it) - 1) for part, it in zip(parts, (a, b), strict=True))
+    half = _quantile(freedom) * math.sqrt(sum(parts))
+    return Interval(difference - half, difference + half)
+
+
+def against_published(perplexities: Sequence[float | None], published: float) -> str:
+    """Ours, one a seed, None where a run diverged, beside a paper's: a verdict in words."""
+    if (logs := _logs(perplexities)) is None:
+        return "diverged"
+    if len(logs) < 2:
+        return "one seed: no verdict" if logs else "no run"
+    interval = of_one_more(logs)
+    if math.log(published) > interval.high:
+        return "ours is better"
+    return "ours is worse" if math.log(published) < interval.low else "agrees"
+
+
+def of_order(better: Sequence[float | None], worse: Sequence[float | None], margin: float) -> str:
+    """Whether the first method's perplexities are no higher than the second's: a verdict in words."""
+    if not better or not worse:
+        return "no run"
+    a, b = _logs(better), _logs(worse)
+    if a is None or b is None:
+        return "both diverged" if a is b else "refuted: it diverged" if a is None else "holds: the other diverged"
+    if len(a) < 2 or len(b) < 2:
+        return "one seed: no verdict"
+    interval = of_difference(a, b)
+    word = "holds" if interval.high < margin else "refuted" if interval.low > margin else "undecided"
+    return f"{word}: {interval.low:+.4f} to {interval.high:+.4f}"
+
+
+def _logs(perplexities: Sequence[float | None]) -> list[float] | None:
+    finite = [math.log(value) for value in perplexities if value is not None]
+    return finite if len(finite) == len(perplexities) else None
+
+
+def _quantile(freedom: float) -> float:
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))
+
+
+ARITHMETIC = (
+    "verdicts, in log perplexity, 95 %: a published number against where one more run of ours would lie; an order by "
+    "Welch's interval of the difference"
+)
+
+
+def show(table: Table, sizes: Sequence[str], methods: Sequence[str], finished: Finished, console: Console) -> None:
+    """Ours beside the paper's, cell by cell; then each order that is claimed, with its verdict."""
+    grid = Grid(title=table.title)
+    for column in ("size", "method", "rate (of)", "n", "perplexity", "legacy", "published", "verdict", "caveats"):
+        grid.add_column(column, justify="left" if column in ("size", "method", "verdict", "caveats") else "right")
+    for size in sizes:
+        cells = {method: cell(size, method, finished) for method in methods}
+        for method in sorted(methods, key=lambda method: _rank(cells[method])):
+            grid.add_row(size, *_line(method, cells[method], table.perplexities.get((method, size))))
+    console.print(grid)
+    for size in sizes:
+        for order in table.orders:
+            for better, worse in zip(order.methods, order.methods[1:], strict=False):
+                a, b = (cell(size, method, finished).all_of("perplexity") for method in (better, worse))
+                within = f" within {order.margin:g}" if order.margin else ""
+                verdict = of_order(a, b, order.margin)
+                console.print(Text(f"{size}: {better} before {worse}{within} ({order.source}): {verdict}"))
+    console.print(Text(ARITHMETIC))
+
+
+def _line(method: str, found: Cell, claim: Claim | None) -> list[str]:
+    published = (
+        [f"{claim.value:.2f}", against_published(found.all_of("legacy_perplexity"), claim.value)] if claim else []
+    )
+    caveats = claim.caveats if claim else ""
+    if not found.rows:
+        return [method, "", "0", "", "", *(published or ["", ""]), caveats]
+    lr = f"{found.rows[0]['lr']:g} ({found.rates})"
+    ours = [_spread(found.all_of(name)) for name in ("perplexity", "legacy_perplexity")]
+    return [method, lr, str(len(found.rows)), *ours, *(published or ["", ""]), caveats]
+
+
+def _spread(perplexities: Sequence[float | None]) -> str:
+    values = [value for value in perplexities if value is not None]
+    if len(values) < len(perplexities):
+        return "diverged"
+    return f"{fmean(values):.2f}" + (f" ± {math.sqrt(variance(values)):.2f}" if len(values) > 1 else "")
+
+
+def _rank(found: Cell) -> float:
+    values = found.all_of("perplexity")
+    whole = [value for value in values if value is not None]
+    return fmean(whole) if whole and len(whole) == len(values) else math.inf
