@@ -36,7 +36,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
     ("argv", "said"),
     [
         ("pretran", "unknown command 'pretran' (did you mean 'pretrain'?)"),
-        ("xyzzy", "known: pretrain, finetune, eval, bench, report, memory, methods"),
+        ("xyzzy", "known: pretrain, finetune, eval, bench, reproduce, report, memory, methods"),
         ("pretrain --method lora-per", "unknown 'lora-per' (did you mean 'lora-pre'?)"),
         ("memory --method=adamv", "unknown 'adamv' (did you mean 'adamw'?)"),
         ("pretrain --method", "method: no name given"),
