@@ -156,9 +156,9 @@ def tables_in(path: Path) -> dict[str, Table]:
     Raises:
         UserError: there is no such file, or it does not run.
     """
-    path = path.resolve()
     if path.suffix != ".py" or not path.is_file():
         raise UserError(f"table: no such Python file: {path}")
+    path = path.resolve()
     root = path.parent.parent if (path.parent / "__init__.py").exists() else path.parent
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
