@@ -57,12 +57,16 @@ def complete(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] += in_python("gossamer.layers", PARAMETRIZATIONS[name], "   :no-index:\n")
     elif docname == "docs/methods":
         source[0] += f"\n{methods_table()}\n{PAGES.format('methods')}"
+    elif docname == "docs/results":
+        source[0] = source[0].replace("\n\n", REPORT, 1)
     elif docname == "docs/layers":
         source[0] += PAGES.format("layers")
     elif folder.partition("/")[0] == "results" and not source[0].startswith("# "):
         source[0] = f"# {docname.removeprefix('results/')}\n\n{source[0]}"
 
 
+REPORT = '\n\n<a href="../report/index.html">The report</a>: curves, filters, every row as CSV.\n\n'
+"""Of `make docs`, which writes it beside the pages."""
 PAGES = "\n```{{toctree}}\n:hidden:\n:glob:\n{}/*\n```\n"
 
 

@@ -21,6 +21,7 @@ from scipy import stats
 
 from gossamer.bench import Follow, Run, Sweep, Table, outlook, presets, runner
 from gossamer.bench.claim import cell
+from gossamer.bench.reading import read_published, write_published
 from gossamer.bench.reproduce import tables_in
 from gossamer.bench.verdict import against_published, of_difference, of_one_more, of_order
 from gossamer.cli import main
@@ -327,6 +328,17 @@ def test_hours_are_operations_over_a_rate(monkeypatch: pytest.MonkeyPatch) -> No
     linear = 58_073_600 - 32_000 * 512 - 17 * 512  # without the embedding and the norms
     tokens = 11_000 * 512 * 256
     assert float(str(hours).replace(",", "")) == pytest.approx(6 * linear * tokens / 1e12 / 3600, abs=5e-3)
+
+
+def test_what_the_paper_printed_lies_beside_the_rows(tmp_path: Path) -> None:
+    write_published(galore.table2, tmp_path / "claims.json")
+    found = {(it.method, it.size): it for it in read_published(tmp_path / "claims.json")}
+    assert {key: it.perplexity for key, it in found.items()} == {
+        key: claim.value for key, claim in galore.table2.perplexities.items()
+    }
+    assert (found["galore", "1b"].gigabytes, found["galore", "1b"].source) == (4.38, "arXiv 2403.03507, Table 2")
+    write_published(replication.tiny, tmp_path / "none.json")
+    assert not (tmp_path / "none.json").exists()
 
 
 def test_the_page_has_a_table_that_loads(tmp_path: Path) -> None:

@@ -68,13 +68,13 @@ def _thin(points: Sequence[Point], most: int) -> list[Point]:
     return [*points[:-1:stride], *points[-1:]]
 
 
-def _axis(title: str, **more: Any) -> dict[str, Any]:
+def axis(title: str, **more: Any) -> dict[str, Any]:
     grid = "rgba(128,128,128,0.22)"
     look = {"gridcolor": grid, "linecolor": grid, "zeroline": False, "automargin": True}
     return {"title": {"text": title}} | look | more
 
 
-def _figure(data: list[dict[str, Any]], x: dict[str, Any], y: dict[str, Any], **layout: Any) -> Figure:
+def figure_of(data: list[dict[str, Any]], x: dict[str, Any], y: dict[str, Any], **layout: Any) -> Figure:
     return {
         "data": data,
         "layout": {
@@ -91,7 +91,7 @@ def _figure(data: list[dict[str, Any]], x: dict[str, Any], y: dict[str, Any], **
     }
 
 
-def _text(text: str) -> str:
+def text_of(text: str) -> str:
     """Plotly reads a subset of HTML in its texts."""
     return escape(text, quote=False)
 
@@ -106,7 +106,7 @@ def loss(methods: list[Method], styles: dict[str, Style]) -> Figure | None:
         return None
     # The steep fall of the first steps would flatten all that matters, so it starts outside the frame.
     fit = {"axes": ["yaxis"], "share": 0.06, "late": 0.1}
-    return _figure(traces, _axis("step", tickformat=",d"), _axis("loss, nats per token"), showlegend=False, meta=fit)
+    return figure_of(traces, axis("step", tickformat=",d"), axis("loss, nats per token"), showlegend=False, meta=fit)
 
 
 def _curve(run: Run, curve: list[Point], style: Style, *, visible: bool) -> Iterator[dict[str, Any]]:
@@ -124,7 +124,7 @@ def _curve(run: Run, curve: list[Point], style: Style, *, visible: bool) -> Iter
     x, y = [step for step, _ in run.evals], [loss for _, loss in run.evals]
     yield common | {"mode": "markers", "x": x, "y": y, "marker": marker}
     if run.restarts and curve:
-        x, text = [step for step, _ in run.restarts], [_text(done) for _, done in run.restarts]
+        x, text = [step for step, _ in run.restarts], [text_of(done) for _, done in run.restarts]
         y = [losses[max(0, bisect_right(steps, step) - 1)] for step in x]
         marks = {"color": style.colour, "size": 20, "symbol": "line-ns-open", "line": {"width": 2}}
         hover = f"restart after step %{{x:,}}<br>%{{text}}<extra>{label}</extra>"
@@ -132,7 +132,7 @@ def _curve(run: Run, curve: list[Point], style: Style, *, visible: bool) -> Iter
 
 
 def _label(run: Run) -> str:
-    return _text(run.label if run.finished else f"{run.label} ({run.status})")
+    return text_of(run.label if run.finished else f"{run.label} ({run.status})")
 
 
 def group_of(run: Run) -> str:
@@ -178,11 +178,11 @@ def memory(methods: list[Method], styles: dict[str, Style], published: Sequence[
             "x": [size],
             "y": [value],
             "error_y": _error([None if legacy else rate.sd], styles[method.name]),
-            "text": [_text(method.title)],
+            "text": [text_of(method.title)],
             # Neighbours' names go to opposite sides, so that points close together can still be read.
             "textposition": "bottom center" if index % 2 else "top center",
             "marker": {"color": styles[method.name].colour, "size": 12, "symbol": styles[method.name].symbol},
-            "hovertemplate": f"%{{y:,.3f}} with %{{x:,.3f}} MiB<extra>{_text(method.title)}</extra>",
+            "hovertemplate": f"%{{y:,.3f}} with %{{x:,.3f}} MiB<extra>{text_of(method.title)}</extra>",
             "meta": {"facets": facets_of(rate.runs)},
             "showlegend": False,
             "cliponaxis": False,
@@ -192,9 +192,9 @@ def memory(methods: list[Method], styles: dict[str, Style], published: Sequence[
     hollow = [_hollow(claim, styles) for claim in published if claim.gigabytes is not None]
     values = [value for trace in (*traces, *hollow) for value in trace["x"]]
     wide = "log" if max(values) > 10 * min(values) > 0 else "linear"
-    x = _axis("weights and optimizer state, MiB" if sized == "memory_bytes" else "optimizer state, MiB", type=wide)
-    y = _axis("score, %" if scored else f"{'legacy ' if legacy else ''}validation perplexity")
-    return _figure(traces + hollow, x, y, meta={"axes": ["xaxis", "yaxis"], "share": 0.18})
+    x = axis("weights and optimizer state, MiB" if sized == "memory_bytes" else "optimizer state, MiB", type=wide)
+    y = axis("score, %" if scored else f"{'legacy ' if legacy else ''}validation perplexity")
+    return figure_of(traces + hollow, x, y, meta={"axes": ["xaxis", "yaxis"], "share": 0.18})
 
 
 MemoryPoint = tuple[float, float, Method, Rate]
@@ -217,14 +217,14 @@ def _facets(points: Sequence[MemoryPoint]) -> dict[str, list[str]]:
 
 def _hollow(claim: Published, styles: dict[str, Style]) -> dict[str, Any]:
     style = styles.get(claim.method, Style(GREY))
-    source = "<br>".join(map(_text, filter(None, [claim.source, claim.caveats])))
+    source = "<br>".join(map(text_of, filter(None, [claim.source, claim.caveats])))
     return {
         "mode": "markers",
         "x": [(claim.gigabytes or 0) * 1e9 / MIB],
         "y": [claim.perplexity],
         "marker": {"color": style.colour, "size": 12, "symbol": f"{style.symbol}-open", "line": {"width": 2}},
         "hovertemplate": f"published: %{{y:,.2f}} with {claim.gigabytes:g} GB<br>{source}"
-        f"<extra>{_text(claim.method)}, {_text(claim.size)}</extra>",
+        f"<extra>{text_of(claim.method)}, {text_of(claim.size)}</extra>",
         "meta": {"facets": {"size": [claim.size], "method": [claim.method]}},
         "showlegend": False,
         "cliponaxis": False,
@@ -257,13 +257,13 @@ def rates(methods: list[Method], styles: dict[str, Style]) -> Figure | None:
     if len(values) > 8:
         ticks = {"dtick": "D2", "tickformat": "~g"}  # at 1, 2 and 5
     wide = "log" if top > 4 * min(seen) > 0 and not _scored(methods) else "linear"
-    y = _axis("score, %" if _scored(methods) else "validation perplexity", type=wide)
-    return _figure(traces, _axis("learning rate", type="log", **ticks), y)
+    y = axis("score, %" if _scored(methods) else "validation perplexity", type=wide)
+    return figure_of(traces, axis("learning rate", type="log", **ticks), y)
 
 
 def _tried(method: Method, pairs: list[tuple[float, Rate]], style: Style, top: float) -> Iterator[dict[str, Any]]:
     """One method's line of means with its spread, a point for each of several seeds, a cross where a seed diverged."""
-    name = _text(method.title)
+    name = text_of(method.title)
     facets = facets_of(run for _, rate in pairs for run in rate.runs)
     common = {"name": name, "legendgroup": name, "meta": {"facets": facets}}
     yield common | {
@@ -281,7 +281,7 @@ def _tried(method: Method, pairs: list[tuple[float, Rate]], style: Style, top: f
         "showlegend": False,
         "x": [lr for lr, _ in seeds],
         "y": [run.quality for _, run in seeds],
-        "text": [_text(run.label) for _, run in seeds],
+        "text": [text_of(run.label) for _, run in seeds],
         "marker": {"color": style.colour, "size": 5, "symbol": style.symbol, "opacity": 0.5},
         "hovertemplate": "%{y:,.3f}<extra>%{text}</extra>",
     }
@@ -291,7 +291,7 @@ def _tried(method: Method, pairs: list[tuple[float, Rate]], style: Style, top: f
         "showlegend": False,
         "x": [lr for lr, _ in diverged],
         "y": [top for _ in diverged],
-        "text": [_text(run.label) for _, run in diverged],
+        "text": [text_of(run.label) for _, run in diverged],
         "marker": {"color": style.colour, "size": 10, "symbol": "x-thin-open", "line": {"width": 2}},
         "hovertemplate": "diverged<extra>%{text}</extra>",
     }
@@ -332,19 +332,19 @@ def _diagnosed(quantity: str, methods: list[Method], styles: dict[str, Style]) -
                         "hovertemplate": f"%{{y:.4g}} at step %{{x:,}}<extra>{_label(run)}</extra>",
                     }
                 )
-    return _figure(traces, _axis("step", tickformat=",d"), _scale(quantity, values), showlegend=False)
+    return figure_of(traces, axis("step", tickformat=",d"), _scale(quantity, values), showlegend=False)
 
 
 def _scale(quantity: str, values: list[float]) -> dict[str, Any]:
     """Shares from 0 to 1; anything else from 0, or logarithmic where that would flatten most of it."""
     if quantity in ("overlap", "lost"):
-        return _axis("", range=[-0.03, 1.03])
+        return axis("", range=[-0.03, 1.03])
     low, high = (min(values), max(values)) if values else (1.0, 1.0)
     flat = high > 5 if quantity.endswith("_error") else high > 20 * low
     if not flat:
-        return _axis("", rangemode="tozero")
+        return axis("", rangemode="tozero")
     ticks = {"dtick": "D2"} if high < 1000 * low else {}  # at 1, 2 and 5, or else at powers of ten
-    return _axis("", type="log", tickformat="~g", **ticks)
+    return axis("", type="log", tickformat="~g", **ticks)
 
 
 def step_ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
@@ -359,7 +359,7 @@ def step_ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
         traces = [
             {
                 "mode": "lines+markers",
-                "name": _text(name),
+                "name": text_of(name),
                 "x": [row["rank"] for row in points],
                 "y": [row["ratio"] for row in points],
                 "error_y": {
@@ -372,7 +372,7 @@ def step_ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
                 },
                 "line": {"color": colours[name], "width": 1.6},
                 "meta": {"facets": facets_of_row(points[0])},
-                "hovertemplate": f"%{{y:.3g}} at rank %{{x}}<extra>{_text(name)}</extra>",
+                "hovertemplate": f"%{{y:.3g}} at rank %{{x}}<extra>{text_of(name)}</extra>",
             }
             for name, points in sorted(
                 (name, sorted(line, key=lambda row: row["rank"])) for name, line in lines.items()
@@ -381,6 +381,6 @@ def step_ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
         ranks = sorted({row["rank"] for line in lines.values() for row in line})
         ticks = {"tickmode": "array", "tickvals": ranks, "ticktext": [str(rank) for rank in ranks]}
         if traces:
-            x = _axis("rank", type="log", **ticks)
-            figures[rival] = _figure(traces, x, _axis(f"time ÷ {_text(rival)}", type="log", tickformat="~g"))
+            x = axis("rank", type="log", **ticks)
+            figures[rival] = figure_of(traces, x, axis(f"time ÷ {text_of(rival)}", type="log", tickformat="~g"))
     return figures

@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from gossamer.bench import words
+from gossamer.bench.claim import Table
 from gossamer.bench.words import MISSING
 from gossamer.errors import UserError
 from gossamer.restarts import in_words
@@ -224,6 +225,23 @@ def load_files(
     ]
     runs += [_run(Path(name).parent.name or "run", _read_log(path)) for name, path in logs.items() if name not in named]
     return grouped([replace(run, table=table or run.table) for run in _in_settings(runs)])
+
+
+def write_published(table: Table, path: Path) -> None:
+    """What a table's paper printed, for `read_published`; nothing where it has no perplexities."""
+    claims = [
+        Published(
+            method=method,
+            size=size,
+            perplexity=claim.value,
+            gigabytes=held.value if (held := table.gigabytes.get((method, size))) else None,
+            source=claim.source,
+            caveats=claim.caveats,
+        )
+        for (method, size), claim in table.perplexities.items()
+    ]
+    if claims:
+        path.write_text(json.dumps([vars(claim) for claim in claims], indent=1) + "\n")
 
 
 def read_published(path: Path) -> list[Published]:

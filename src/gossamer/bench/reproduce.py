@@ -14,6 +14,7 @@ from rich.text import Text
 
 from gossamer.bench.claim import Finished, Run, Table
 from gossamer.bench.outlook import plan_table
+from gossamer.bench.reading import write_published
 from gossamer.bench.runner import Rows, of_main, work
 from gossamer.bench.verdict import show
 from gossamer.errors import UserError, first_line, nearest
@@ -78,6 +79,7 @@ def reproduce(options: Reproduce, console: Console) -> None:
         return
     if options.train:
         work(chosen.wanted, chosen.rows, device=options.device, rounds=ROUNDS, keep=False)
+        of_main(options.device, lambda _: write_published(chosen.table, chosen.rows.path.with_name("claims.json")))
     of_main(options.device, lambda _: show(chosen.table, chosen.sizes, chosen.methods, chosen.rows.read(), console))
 
 

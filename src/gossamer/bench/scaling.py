@@ -30,7 +30,7 @@ from scipy.special import stdtrit
 from torch import nn
 
 from gossamer.bench import words
-from gossamer.bench.plots import Figure, _axis, _figure, _text, styles_of
+from gossamer.bench.plots import Figure, axis, figure_of, styles_of, text_of
 from gossamer.bench.reading import Method
 from gossamer.errors import UserError
 from gossamer.layers import PARAMETRIZATIONS, FactoredLinear, SLTrainLinear
@@ -195,7 +195,7 @@ def draw(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     styles = styles_of([Method(name, (), ()) for name in curves])
     traces: list[dict[str, Any]] = []
     for name, line in curves.items():
-        style, label = styles[name], _text(name)
+        style, label = styles[name], text_of(name)
         computes, losses = zip(*sorted(line), strict=True)
         common = {"legendgroup": label, "line": {"color": style.colour, "width": 1.6, "dash": style.dash}}
         law = fit(computes, losses) if len(set(computes)) > 2 else None
@@ -225,8 +225,8 @@ def draw(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
         )
     every = [compute for line in curves.values() for compute, _ in line]
     dtick = 1 if max(every) > 100 * min(every) else "D2"  # at powers of ten, or at 1, 2 and 5
-    x = _axis("compute 6 N D, floating-point operations", type="log", exponentformat="power", dtick=dtick)
-    return _figure(traces, x, _axis("loss, nats per token", type="log", tickformat=".3~g", nticks=8))
+    x = axis("compute 6 N D, floating-point operations", type="log", exponentformat="power", dtick=dtick)
+    return figure_of(traces, x, axis("loss, nats per token", type="log", tickformat=".3~g", nticks=8))
 
 
 def transfer(rows: Iterable[Mapping[str, Any]]) -> Figure | None:
@@ -241,7 +241,7 @@ def transfer(rows: Iterable[Mapping[str, Any]]) -> Figure | None:
         return None
     styles = styles_of([Method(name, (), ()) for name in lines])
     for name, line in lines.items():
-        style, label = styles[name], _text(name)
+        style, label = styles[name], text_of(name)
         line = sorted(line, key=lambda point: (point.matrix_parameters, point.tokens))
         places = [point.tried.index(point.lr) for point in line]
         inside = [0 < place < len(point.tried) - 1 for point, place in zip(line, places, strict=True)]
@@ -256,14 +256,14 @@ def transfer(rows: Iterable[Mapping[str, Any]]) -> Figure | None:
                 "x": [point.matrix_parameters for point in line],
                 "y": [point.lr for point in line],
                 "error_y": bars | {"color": style.colour, "thickness": 1, "width": 4},
-                "text": [f"{_text(p.size)}, {p.tokens:,} tokens, {len(p.tried)} rates" for p in line],
+                "text": [f"{text_of(p.size)}, {p.tokens:,} tokens, {len(p.tried)} rates" for p in line],
                 "line": {"color": style.colour, "width": 1.6, "dash": style.dash},
                 "marker": {"color": style.colour, "size": 9, "symbol": symbols},
                 "hovertemplate": f"%{{y:.3g}}: %{{text}}<extra>{label}</extra>",
             }
         )
-    x = _axis("matrix parameters N", type="log", tickformat="~s", dtick="D2")
-    return _figure(traces, x, _axis("best learning rate", type="log", tickformat="~g", dtick="D2"))
+    x = axis("matrix parameters N", type="log", tickformat="~s", dtick="D2")
+    return figure_of(traces, x, axis("best learning rate", type="log", tickformat="~g", dtick="D2"))
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:

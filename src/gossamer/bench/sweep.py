@@ -22,7 +22,7 @@ from rich.table import Table
 
 from gossamer.bench import words
 from gossamer.bench.claim import Finished, Run
-from gossamer.bench.plots import Figure, Style, _axis, _figure, _text, styles_of
+from gossamer.bench.plots import Figure, Style, axis, figure_of, styles_of, text_of
 from gossamer.bench.reading import Method
 from gossamer.bench.recipes import Recipe, presets, write_preset
 from gossamer.bench.runner import Rows, of_main, work
@@ -470,9 +470,9 @@ def figure(rows: Iterable[Mapping[str, Any]]) -> Figure | None:
         numbers = all(type(value) in (int, float) and value > 0 for value in values)
         scale = {"type": "log", "tickformat": "~g"} if numbers else {"type": "category"}
         right = (index + 1) * width - (0.04 if index + 1 < len(varied) else 0)
-        axes[f"xaxis{number}"] = _axis(_text(knob), domain=[index * width, right], **scale)
-    y = _axis("validation perplexity", type="log" if max(seen) > 4 * min(seen) else "linear")
-    return _figure(traces, axes.pop("xaxis"), y, **axes)
+        axes[f"xaxis{number}"] = axis(text_of(knob), domain=[index * width, right], **scale)
+    y = axis("validation perplexity", type="log" if max(seen) > 4 * min(seen) else "linear")
+    return figure_of(traces, axes.pop("xaxis"), y, **axes)
 
 
 class _Shown(NamedTuple):
@@ -497,14 +497,14 @@ def _points(knob: str, name: str, trials: list[_Shown], style: Style, top: float
         if kept:
             yield {
                 "mode": "markers",
-                "name": _text(name),
-                "legendgroup": _text(name),
+                "name": text_of(name),
+                "legendgroup": text_of(name),
                 "showlegend": kept is finished,
                 "x": [value if type(value := it.settings[knob]) in (int, float) else json.dumps(value) for it in kept],
                 "y": [top if it.perplexity is None else it.perplexity for it in kept],
-                "text": [_text(it.label) for it in kept],
+                "text": [text_of(it.label) for it in kept],
                 "marker": {"color": style.colour, **mark},
-                "hovertemplate": f"%{{text}}<br>{_text(knob)} %{{x}}: {said}<extra></extra>",
+                "hovertemplate": f"%{{text}}<br>{text_of(knob)} %{{x}}: {said}<extra></extra>",
             }
 
 
