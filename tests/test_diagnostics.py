@@ -53,7 +53,7 @@ class InspectableRows(Rows):
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Known to the registry in these tests alone."""
     for name, cls in (("rows", Rows), ("inspectable-rows", InspectableRows)):
-        monkeypatch.setitem(contract._entries, name, Entry(name, cls, "none", True, False, {}))
+        monkeypatch.setitem(contract._entries, name, Entry(name, cls, "none", True, False))
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Parameter:

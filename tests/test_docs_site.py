@@ -286,7 +286,7 @@ def test_commands_of_pages_are_understood(argv: list[str], monkeypatch: pytest.M
         raise Understood
 
     workers = ("pretrain", "finetune", "bench", "bench_step", "evaluate_model", "write_report", "meta_model")
-    for worker in (*workers, "candidates"):
+    for worker in (*workers, "candidates", "reproduce", "search"):
         monkeypatch.setattr(cli, worker, stop)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     if argv == ["methods"]:
