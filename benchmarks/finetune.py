@@ -47,7 +47,7 @@ METHODS: dict[str, tuple[Any, Adapter]] = {
     "lora-pre": (gossamer.LoRAPre(rank=8), Adapter()),
     "gossamer": (gossamer.Gossamer(), Adapter()),
 }
-RATES = dict.fromkeys(METHODS, (0.0001, 0.0003, 0.001)) | {"lora": (1e-3, 3e-3, 1e-2)}
+RATES = dict.fromkeys(METHODS, (3e-4, 1e-3, 3e-3)) | {"lora": (1e-3, 3e-3, 1e-2)}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import torch
 from gossamer.bench import SUITES, presets, recipes, runner
 from gossamer.bench.recipes import Recipe, write_preset
 from gossamer.bench.space import Knob, parse, place, spread
-from gossamer.bench.sweep import Search, Study, Trial, figure, found_in, trials_table
+from gossamer.bench.study import Search, Study, Trial
+from gossamer.bench.sweep import figure, found_in, trials_table
 from gossamer.cli import main
 from gossamer.data import DataConfig
 from gossamer.errors import UserError

@@ -7,8 +7,9 @@ from gossamer.bench.reproduce import Reproduce, reproduce
 from gossamer.bench.runner import bench
 from gossamer.bench.site import write_report
 from gossamer.bench.step import StepBench, bench_step, step_table, write_page
+from gossamer.bench.study import Search
 from gossamer.bench.suite import SUITES, Bench, Suite
-from gossamer.bench.sweep import Search, search, trials_table
+from gossamer.bench.sweep import search, trials_table
 from gossamer.bench.table import summary_table
 
 __all__ = [
