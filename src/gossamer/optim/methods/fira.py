@@ -107,8 +107,14 @@ class Fira:
         gain = subspace.channel_gain(psi, low)
         if self.growth_limit is not None:
             sums, (left, right) = torch.zeros_like(gain), view.up_factors(low)
-            for rows, grad in sweep.gradients(bound):
-                subspace.add_squares_(sums, rows, product(left[rows] * -taken, right).add_(grad).square_(), view.tall)
+            for rows, tile in sweep.gradients(bound):
+                middle = (rows.start + rows.stop + 1) // 2  # by halves: `low` and `psi` and a tile are more than two
+                for part, half in zip(
+                    (slice(rows.start, middle), slice(middle, rows.stop)), tile.chunk(2), strict=False
+                ):
+                    subspace.add_squares_(
+                        sums, part, product(left[part] * -taken, right).add_(half).square_(), view.tall
+                    )
             gain = gain * subspace.limit_channels(gain * sums.sqrt_(), state, self.betas, ctx, self.growth_limit)
         # gain (G - P taken) + P psi: both products in one
         both = psi.mul_(self.scale).addcmul_(low, gain, value=-taken)
