@@ -19,6 +19,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -138,6 +139,7 @@ def runs(options: Options, done: list[dict[str, Any]]) -> Iterator[tuple[dict[st
             )
 
 
+@cache  # the files of the generated task are written once
 def dataset(options: Options, task: str) -> tuple[str, str]:
     """The name of a task in `gossamer finetune`, and where its files are."""
     if task == GENERATED:

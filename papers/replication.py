@@ -14,13 +14,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from gossamer.bench import Follow, Order, Recipe, Run, Sweep, Table, presets
+from gossamer.bench import Follow, Order, Recipe, Run, Suite, Sweep, Table, presets
 from gossamer.data import DataConfig
 from gossamer.layers import LORO, LoRA
 from gossamer.models import SHAPES
 from gossamer.optim.methods.adamw import AdamW
 from gossamer.restarts import Restarts
-from gossamer.train import Pretrain
 
 RESTARTS = Restarts(every=50, recovery_steps=5, scope="all")
 ADAMW = AdamW(betas=(0.9, 0.95))
@@ -63,23 +62,16 @@ ORDERS = (
 
 def _run(table: str, recipe: Recipe, size: str, seed: int, method: str | None = None) -> Run:
     """400 steps of 2,048 tokens on text that `--data` names."""
-    config = Pretrain(
-        method=recipe.method,
-        layers=recipe.layers,
-        restarts=recipe.restarts,
-        model=size,
-        data=DataConfig("", vocab_size=SHAPES[size].vocab, seq_len=256),
+    suite = Suite(
+        size,
+        DataConfig("", vocab_size=SHAPES[size].vocab, seq_len=256),
         steps=400,
         batch_size=8,
-        lr=recipe.lr,
-        fallback=ADAMW,
         fallback_lr=4e-3,
-        eval_every=100,
         eval_tokens=100_000,
-        save_every=100,
-        keep_last=1,
-        seed=seed,
+        evals=4,
     )
+    config = replace(suite.config(recipe, seed), fallback=ADAMW)
     return Run(table, size, method or recipe.name, config)
 
 

@@ -123,22 +123,27 @@ def run_bench(argv: list[str]) -> None:
     print(write_report(folder))
 
 
+def _console(width: int) -> Console:
+    """As wide as the terminal, or so many columns where there is none."""
+    return Console(width=None if sys.stdout.isatty() else width)
+
+
 def run_sweep(argv: list[str]) -> None:
     options = _parse(Search, "sweep", argv)
     table, lines = trials_table(search(options))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    _console(140).print(table)
     print(*lines, options.folder / "rows.jsonl", sep="\n")
 
 
 def _run_bench_step(argv: list[str]) -> None:
     options = _parse(StepBench, "bench step", argv)
     rows = bench_step(options)
-    Console(width=None if sys.stdout.isatty() else 160).print(step_table(rows))
+    _console(160).print(step_table(rows))
     print(write_page(options.out))
 
 
 def run_reproduce(argv: list[str]) -> None:
-    reproduce(_parse(Reproduce, "reproduce", argv), Console(width=None if sys.stdout.isatty() else 160))
+    reproduce(_parse(Reproduce, "reproduce", argv), _console(160))
 
 
 def run_report(argv: list[str]) -> None:
@@ -186,7 +191,7 @@ def run_memory(argv: list[str]) -> None:
         sizes = (memory.parameters, memory.weights, memory.gradients, memory.state)
         sizes = (*sizes, memory.step.transient, twin.step.transient)
         table.add_row(label, "", *(f"{size:,}" for size in sizes))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    _console(140).print(table)
     totals = [memory.weights + memory.gradients + memory.state for memory in (mine, dense)]
     print(
         f"weights + gradients + state: {totals[0] / 2**30:.2f} GiB with {name}, "
@@ -218,7 +223,7 @@ def _print_what_fits(options: MemoryOptions[Any, Any], budget: Size, dtype: torc
         sizes = (it.weights, it.gradients, it.state, it.activations, it.step, it.total)
         rank, fits = "-" if it.rank is None else str(it.rank), "yes" if it.total <= budget.bytes else "no"
         table.add_row(it.method, it.layers, rank, *map(budget.show, sizes), fits)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    _console(140).print(table)
     fitting = [it for it in found if it.total <= budget.bytes]
     ends = {"smallest": found[0], "largest that fits": fitting[-1]} if fitting else {"smallest": found[0]}
     print(
@@ -254,7 +259,7 @@ def run_methods(argv: list[str]) -> None:
         defaults = ", ".join(f"{field}={getattr(method, field)!r}" for field in method.__dataclass_fields__)
         size = num_bytes(method.init(matrix).values())
         table.add_row(entry.name, f"{size / 2**20:.1f} MiB\n{size / dense:.2%}", defaults, entry.summary, entry.paper)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = _console(160)
     console.print(table)
     table = Table(title="--layers: what hidden linear layers can be replaced by")
     for column in ("layers", "defaults", "what it is"):

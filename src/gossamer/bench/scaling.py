@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtrit
 from torch import nn
 
 from gossamer.bench import words
 from gossamer.bench.plots import Figure, axis, figure_of, styles_of, text_of
 from gossamer.bench.reading import Method
+from gossamer.bench.verdict import student
 from gossamer.errors import UserError
 from gossamer.layers import PARAMETRIZATIONS, FactoredLinear, SLTrainLinear
 from gossamer.memory import meta_model
@@ -77,7 +77,7 @@ class Law:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % of the exponent."""
-        half = _student(self.points - 2) * self.residual / math.sqrt(self.spread)
+        half = student(self.points - 2) * self.residual / math.sqrt(self.spread)
         return self.exponent - half, self.exponent + half
 
     def loss(self, compute: ArrayLike) -> Array:
@@ -87,7 +87,7 @@ class Law:
     def band(self, compute: ArrayLike, *, of_a_run: bool = False) -> tuple[Array, Array]:
         """Where the law lies at each compute, from least to most, with 95 % confidence; `of_a_run`: one more run."""
         away = (np.log(compute) - self.centre) ** 2 / self.spread
-        half = _student(self.points - 2) * self.residual * np.sqrt(of_a_run + 1 / self.points + away)
+        half = student(self.points - 2) * self.residual * np.sqrt(of_a_run + 1 / self.points + away)
         return self.loss(compute) * np.exp(-half), self.loss(compute) * np.exp(half)
 
 
@@ -111,11 +111,6 @@ def fit(compute: ArrayLike, loss: ArrayLike) -> Law:
     left = y - height - slope * (x - centre)
     residual = math.sqrt((left**2).sum() / (len(x) - 2))
     return Law(float(-slope), float(centre), float(height), float(spread), residual, len(x))
-
-
-def _student(dof: int) -> float:
-    """What a standard error is multiplied by for a 95 % interval."""
-    return float(stdtrit(dof, 0.975))
 
 
 class Point(NamedTuple):

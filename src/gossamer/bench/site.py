@@ -43,6 +43,17 @@ class Source:
     rows: Path | None
     logs: tuple[Path, ...] = ()
 
+    @property
+    def of_runs(self) -> bool:
+        """Whether the files' names say that runs are in them."""
+        return self.rows is None or self.rows.name == "rows.jsonl"
+
+    @property
+    def claims(self) -> Path | None:
+        """The file of what papers printed, where there is one."""
+        path = self.folder / "claims.json"
+        return path if self.rows and self.of_runs and path.is_file() else None
+
 
 @dataclass
 class Table:
@@ -127,10 +138,8 @@ def read(source: Source, table: str | None = None) -> Table:
         UserError: something in the source is not as it was written.
     """
     rows = [row for _, row in jsonl.read(source.rows)] if source.rows else []
-    of_runs = source.rows is None or source.rows.name == "rows.jsonl"
-    if of_runs or any("perplexity" in row or "score" in row for row in rows):
-        claims = source.folder / "claims.json"
-        published = read_published(claims) if source.rows and of_runs and claims.is_file() else []
+    if source.of_runs or any("perplexity" in row or "score" in row for row in rows):
+        published = read_published(source.claims) if source.claims else []
         methods = load_files(source.folder, source.rows, source.logs, table)
         kept = [run.row for method in methods for run in method.runs]
         superseded = sum(row not in kept for row in rows)
@@ -329,9 +338,9 @@ def _files(directory: Path, sources: list[Source], drawn: dict[str, str], broken
             lines.append([source.rows.relative_to(directory).as_posix(), became])
         if source.logs:
             lines.append([f"{words.plural(len(source.logs), 'log')} of {source.name}", became])
-        claims = source.folder / "claims.json"
-        if source.rows and source.rows.name == "rows.jsonl" and claims.is_file():
-            lines.append([claims.relative_to(directory).as_posix(), "hollow marks and a table" if became else became])
+        if source.claims:
+            of_claims = "hollow marks and a table" if source.name in drawn else became
+            lines.append([source.claims.relative_to(directory).as_posix(), of_claims])
     samples = sorted(path.relative_to(directory).as_posix() for path in directory.rglob(f"*{SAMPLES}"))
     lines += [[name, "samples of an evaluation: not drawn"] for name in samples]
     yield "<h2>Files</h2>"

@@ -123,16 +123,22 @@ class Study:
     """
 
     def __init__(self, options: Search) -> None:
-        self.options, self.suite = options, SUITES[options.suite]
+        self.options, suite = options, SUITES[options.suite]
+        text: Any = {key: value for key in ("data", "tokenizer") if (value := getattr(options, key)) is not None}
+        self.suite = replace(
+            suite,
+            model=options.size or suite.model,
+            data=replace(suite.data, **text),
+            steps=options.steps or suite.steps,
+            evals=options.evals or suite.evals,
+        )
         self.recipe, lr = _recipe(options)
         self.knobs = parse(options.space, self.recipe, lr)
-        self.steps = self.suite.steps if options.steps is None else options.steps
         for knob in self.knobs:
             for value in knob.choices or knob.bounds or ():
                 if value:  # a bound of 0 is never drawn
                     self.config({knob.name: value})
-        data = self.config({}).data
-        self.cost = self.steps * self.suite.batch_size * data.seq_len
+        self.cost = self.suite.steps * self.suite.batch_size * self.suite.data.seq_len
         if self.cost > options.tokens:
             raise UserError(f"tokens: {options.tokens:,.0f} do not hold one trial of {self.cost:,}")
         self.grid = all(knob.bounds is None for knob in self.knobs)
@@ -192,25 +198,7 @@ class Study:
 
     def config(self, values: Mapping[str, Any]) -> Pretrain[Any, Any, Any]:
         """What a trial trains."""
-        options, suite, recipe = self.options, self.suite, place(self.recipe, values)
-        other: Any = {key: value for key in ("data", "tokenizer") if (value := getattr(options, key)) is not None}
-        every = -(-self.steps // (options.evals or suite.evals))
-        return Pretrain(
-            method=recipe.method,
-            layers=recipe.layers,
-            restarts=recipe.restarts,
-            model=options.size or suite.model,
-            data=replace(suite.data, **other),
-            steps=self.steps,
-            batch_size=suite.batch_size,
-            lr=recipe.lr,
-            fallback_lr=suite.fallback_lr,
-            eval_every=every,
-            eval_tokens=suite.eval_tokens,
-            save_every=every,
-            keep_last=1,
-            seed=options.seed,
-        )
+        return self.suite.config(place(self.recipe, values), self.options.seed)
 
     def run(self, trial: optuna.trial.FrozenTrial) -> Run:
         config = self.config(self._values(trial))
@@ -271,9 +259,9 @@ class Study:
         trial = optuna.trial.Trial(self._study, found._trial_id)
         if step not in found.intermediate_values:  # else it was reported before the trial was resumed
             trial.report(score.loss, step)
-        if step == self.steps or not trial.should_prune():
+        if step == self.suite.steps or not trial.should_prune():
             return None
-        self._tell(run.trial, step * self.cost // self.steps, None)
+        self._tell(run.trial, step * self.cost // self.suite.steps, None)
         return f"perplexity {score.perplexity:.2f} is worse than half of the trials had here; pruned"
 
     def trials(self) -> list[Trial]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -29,6 +29,26 @@ class Suite:
     eval_tokens: int
     evals: int
     """Evaluations and checkpoints of a run, evenly spaced; the last one counts."""
+
+    def config(self, recipe: Recipe, seed: int) -> Pretrain[Any, Any, Any]:
+        """What a run of the recipe trains."""
+        every = -(-self.steps // self.evals)
+        return Pretrain(
+            method=recipe.method,
+            layers=recipe.layers,
+            restarts=recipe.restarts,
+            model=self.model,
+            data=self.data,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=recipe.lr,
+            fallback_lr=self.fallback_lr,
+            eval_every=every,
+            eval_tokens=self.eval_tokens,
+            save_every=every,
+            keep_last=1,
+            seed=seed,
+        )
 
 
 SUITES = {
@@ -95,31 +115,11 @@ class Bench:
 
     def runs(self) -> list[Run]:
         """Every recipe at every learning rate with every seed."""
+        suite = SUITES[self.suite]
+        suite, size = replace(suite, steps=self.steps or suite.steps), Path(suite.model).stem
         return [
-            self._run(recipe, lr, seed)
+            Run(self.suite, size, recipe.name, suite.config(replace(recipe, lr=lr), seed))
             for recipe in self.recipes()
             for lr in self.lrs or (recipe.lr,)
             for seed in self.seeds
         ]
-
-    def _run(self, recipe: Recipe, lr: float, seed: int) -> Run:
-        suite = SUITES[self.suite]
-        steps = self.steps or suite.steps
-        every = -(-steps // suite.evals)
-        config = Pretrain(
-            method=recipe.method,
-            layers=recipe.layers,
-            restarts=recipe.restarts,
-            model=suite.model,
-            data=suite.data,
-            steps=steps,
-            batch_size=suite.batch_size,
-            lr=lr,
-            fallback_lr=suite.fallback_lr,
-            eval_every=every,
-            eval_tokens=suite.eval_tokens,
-            save_every=every,
-            keep_last=1,
-            seed=seed,
-        )
-        return Run(self.suite, Path(suite.model).stem, recipe.name, config)

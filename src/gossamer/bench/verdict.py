@@ -36,7 +36,7 @@ class Interval:
 def of_one_more(values: Sequence[float]) -> Interval:
     """Where one more value like these, at least two, lies."""
     n = len(values)
-    half = _quantile(n - 1) * math.sqrt(variance(values) * (1 + 1 / n))
+    half = student(n - 1) * math.sqrt(variance(values) * (1 + 1 / n))
     return Interval(fmean(values) - half, fmean(values) + half)
 
 
@@ -47,7 +47,7 @@ def of_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
     if not any(parts):
         return Interval(difference, difference)
     freedom = sum(parts) ** 2 / sum(part**2 / (len(it) - 1) for part, it in zip(parts, (a, b), strict=True))
-    half = _quantile(freedom) * math.sqrt(sum(parts))
+    half = student(freedom) * math.sqrt(sum(parts))
     return Interval(difference - half, difference + half)
 
 
@@ -82,7 +82,8 @@ def _logs(perplexities: Sequence[float | None]) -> list[float] | None:
     return finite if len(finite) == len(perplexities) else None
 
 
-def _quantile(freedom: float) -> float:
+def student(freedom: float) -> float:
+    """What a standard error is multiplied by for an interval of `LEVEL`: the quantile of Student's t."""
     return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
