@@ -61,15 +61,15 @@ ORDERS = (
 
 
 def _run(table: str, recipe: Recipe, size: str, seed: int, method: str | None = None) -> Run:
-    """400 steps of 2,048 tokens on text that `--data` names."""
+    """400 steps of 1,024 tokens on text that `--data` names."""
     suite = Suite(
         size,
         DataConfig("", vocab_size=SHAPES[size].vocab, seq_len=256),
         steps=400,
-        batch_size=8,
+        batch_size=4,
         fallback_lr=4e-3,
-        eval_tokens=100_000,
-        evals=4,
+        eval_tokens=50_000,
+        evals=2,
     )
     config = replace(suite.config(recipe, seed), fallback=ADAMW)
     return Run(table, size, method or recipe.name, config)
@@ -81,7 +81,7 @@ def run_tiny(size: str, method: str, seed: int) -> Run:
 
 
 tiny = Table(
-    title="every method, d = 128, 4 layers, 0.8 M tokens",
+    title="every method, d = 128, 4 layers, 0.4 M tokens",
     sizes=("tiny",),
     methods=tuple(RECIPES),
     run=run_tiny,
@@ -117,7 +117,7 @@ ranks = Table(
 
 
 def run_small(size: str, method: str, seed: int) -> Run:
-    """Ten minutes on one core; ranks are a quarter of d, as in `tiny`."""
+    """Five minutes on one core; ranks are a quarter of d, as in `tiny`."""
     recipe = RECIPES[method]
     parts: dict[str, Any] = {
         name: replace(part, rank=64)  # pyright: ignore
@@ -128,7 +128,7 @@ def run_small(size: str, method: str, seed: int) -> Run:
 
 
 small = Table(
-    title="the leading six of `tiny`, d = 256, 8 layers, 0.8 M tokens, at the two rates that were best there",
+    title="the leading six of `tiny`, d = 256, 8 layers, 0.4 M tokens, at the two rates that were best there",
     sizes=("small",),
     methods=tuple(RECIPES),
     run=run_small,
