@@ -2,7 +2,7 @@
 
     python benchmarks/base_model.py --text ...                       # a base model, once
     python benchmarks/finetune.py --base runs/base/checkpoints/step-00020000 --glue .../glue
-                                            # all runs that results/finetune/rows.jsonl lacks, then table.md beside it
+                                    # what results/finetune/rows.jsonl lacks, then table.md and scores.svg beside it
     python benchmarks/finetune.py --base ... --tasks words --steps 20 --seeds 0     # minutes, to try it
 
 `words` is generated: does a sentence hold a word? The others are GLUE's, from the benchmark's TSV files. `gossamer` has
@@ -17,18 +17,21 @@ import itertools
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 import torch
 import tyro
+from plotly.subplots import make_subplots
 
 import gossamer
+from gossamer.bench.reading import Rate, load
 from gossamer.data import TaskConfig
 from gossamer.data.glue import glue_task, read_glue
 from gossamer.errors import UserError
@@ -60,7 +63,7 @@ class Options:
     glue: Path | None = None
     """Folder with GLUE's folders; only `words` does without."""
     out: Path = Path("results/finetune")
-    """Folder of `rows.jsonl` and `table.md`."""
+    """Folder of `rows.jsonl`, `table.md` and `scores.svg`."""
     runs: Path = Path("runs/finetune")
     """Folder of logs and checkpoints, by which a stopped run goes on; deleted as runs finish."""
     tasks: tuple[str, ...] = ("rte", "mrpc", "cola", "stsb", "sst2", GENERATED)
@@ -107,7 +110,7 @@ def matched_rank(base: str) -> int:
 def runs(options: Options, done: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Finetune[Any, Any]]]:
     """What identifies a run, and the run; whole seeds first, so that an unfinished experiment is a smaller one.
 
-    A seed's rates follow from the rows of `done`, which must have grown by the seed before.
+    The rate of the other seeds follows from the rows of `done`, which must have grown by the first one's.
     """
     methods = METHODS | {"gossamer": (gossamer.Gossamer(rank=matched_rank(options.base)), Adapter())}
     length: dict[str, Any] = {"steps": options.steps} if options.steps else {"epochs": options.epochs}
@@ -115,7 +118,8 @@ def runs(options: Options, done: list[dict[str, Any]]) -> Iterator[tuple[dict[st
         name, data = dataset(options, task)
         rule, adapter = methods[method]
         same = {"task": task, "method": method, **length, "examples": options.examples}
-        for lr in options.lrs or RATES[method] if seed == options.seeds[0] else (best_rate(done, same),):
+        first = {**same, "seed": options.seeds[0]}
+        for lr in options.lrs or RATES[method] if seed == options.seeds[0] else (best_rate(done, first),):
             key = {**same, "lr": lr, "seed": seed}
             yield (
                 key,
@@ -150,12 +154,9 @@ def dataset(options: Options, task: str) -> tuple[str, str]:
 
 
 def best_rate(rows: list[dict[str, Any]], same: dict[str, Any]) -> float:
-    """The learning rate with the highest mean score over seeds."""
-    scores: dict[float, list[float]] = {}
-    for row in rows:
-        if same.items() <= row.items():
-            scores.setdefault(row["lr"], []).append(row["score"])
-    return max(scores, key=lambda lr: fmean(scores[lr]))
+    """The learning rate with the highest score."""
+    scores = {row["lr"]: row["score"] for row in rows if same.items() <= row.items()}
+    return max(scores, key=scores.__getitem__)
 
 
 def main(options: Options) -> None:
@@ -182,9 +183,10 @@ def main(options: Options) -> None:
         done.append(row)
         shutil.rmtree(config.out)
         print(*key.values(), f"{100 * result.score.score:.1f} %", f"{result.seconds:.0f} s", flush=True)
-    rows = [row for _, row in jsonl.read(path)]
-    floors = {task: constant_score(*dataset(options, task)) for task in dict.fromkeys(row["task"] for row in rows)}
-    (options.out / "table.md").write_text(table(rows, floors))
+    found = by_task(options.out)
+    floors = {task: constant_score(*dataset(options, task)) for task in found}
+    (options.out / "table.md").write_text(table(found, floors))
+    picture(found, floors).write_image(options.out / "scores.svg")
 
 
 def constant_score(name: str, data: str) -> float:
@@ -195,28 +197,51 @@ def constant_score(name: str, data: str) -> float:
     return fmean(SCORES[metric](always, asked) for metric in glue_task(name).metrics)
 
 
-def table(rows: list[dict[str, Any]], floors: dict[str, float]) -> str:
+def by_task(folder: Path) -> dict[str, dict[str, Rate]]:
+    """Every method at its best rate, as the report chooses it."""
+    found: dict[str, dict[str, Rate]] = {}
+    for method in load(folder):
+        if method.best is not None:
+            found.setdefault(method.setting, {})[method.name] = method.best
+    return found
+
+
+def table(found: Mapping[str, Mapping[str, Rate]], floors: Mapping[str, float]) -> str:
     """Mean and standard deviation over seeds, per cent, and in brackets the rate and how many seeds."""
-    tasks, methods = list(floors), list(dict.fromkeys(row["method"] for row in rows))
-    lines = [f"| method | state, KiB | {' | '.join(tasks)} |", "|---" * (2 + len(tasks)) + "|"]
-    lines.append(f"| largest class | | {' | '.join(f'{100 * floor:.1f}' for floor in floors.values())} |")
-    for method in methods:
-        own = [row for row in rows if row["method"] == method]
-        cells = []
-        for task in tasks:
-            rates: dict[float, list[float]] = {}
-            for row in own:
-                if row["task"] == task:
-                    rates.setdefault(row["lr"], []).append(100 * row["score"])
-            if not rates:
-                cells.append("")
-                continue
-            lr, scores = max(rates.items(), key=lambda rate: (len(rate[1]), fmean(rate[1])))
-            spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
-            cells.append(f"{fmean(scores):.1f}{spread} ({lr:g}, {len(scores)})")
-        state = max(row["hidden_state_bytes"] for row in own)
-        lines.append(f"| {method} | {state / 1024:,.0f} | {' | '.join(cells)} |")
+    lines = [f"| method | state, KiB | {' | '.join(found)} |", "|---" * (2 + len(found)) + "|"]
+    lines.append(f"| largest class | | {' | '.join(f'{100 * floors[task]:.1f}' for task in found)} |")
+    for method in METHODS:
+        rates = [rates.get(method) for rates in found.values()]
+        state = max(rate.mean("hidden_state_bytes") or 0.0 for rate in rates if rate)
+        lines.append(f"| {method} | {state / 1024:,.0f} | {' | '.join(map(in_words, rates))} |")
     return "\n".join(lines) + "\n"
+
+
+def in_words(rate: Rate | None) -> str:
+    if rate is None:
+        return ""
+    spread = "" if rate.sd is None else f" ± {rate.sd:.1f}"
+    return f"{rate.quality:.1f}{spread} ({rate.rate:g}, {len(rate.runs)})"
+
+
+def picture(found: Mapping[str, Mapping[str, Rate]], floors: Mapping[str, float]) -> go.Figure:
+    """A panel a task: every method's mean and standard deviation over seeds, and what the largest class scores."""
+    columns = 3
+    figure = make_subplots(-(-len(found) // columns), columns, subplot_titles=list(found), vertical_spacing=0.18)
+    for index, (task, rates) in enumerate(found.items()):
+        where: dict[str, Any] = {"row": index // columns + 1, "col": index % columns + 1}
+        names = [method for method in METHODS if method in rates]
+        figure.add_scatter(
+            x=names,
+            y=[rates[name].quality for name in names],
+            error_y={"type": "data", "array": [rates[name].sd or 0.0 for name in names]},
+            mode="markers",
+            marker={"color": "#0072b2"},
+            **where,
+        )
+        figure.add_hline(100 * floors[task], line={"dash": "dot", "color": "#8a8f98"}, **where)
+    figure.update_layout(template="plotly_white", width=1000, height=600, showlegend=False)
+    return figure.update_yaxes(title_text="score, % ± sd", col=1)
 
 
 if __name__ == "__main__":

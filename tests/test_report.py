@@ -117,6 +117,16 @@ def test_best_rate_mean_sd_and_ratios(benchmark: Path) -> None:
     assert "AdamW, reaches 21.00 ± 1.41 at 0.002." in text
 
 
+def test_a_rate_tried_once_does_not_beat_one_with_more_seeds(benchmark: Path) -> None:
+    write_run(benchmark, "adamw", 0.004, 0, 19.0)
+    write_run(benchmark, "thin", 0.008, 0, None)
+    write_run(benchmark, "thin", 0.008, 1, None)
+    write_run(benchmark, "thin", 0.008, 2, 15.0)
+    thin, adamw = cells(benchmark)
+    assert thin[:3] == ["thin", "0.004 of 2 rates, 2 seeds", "20.50 ± 2.83"]  # nor does one that mostly diverges
+    assert adamw[:3] == ["adamw", "0.002 of 3 rates, 2 seeds", "21.00 ± 1.41"]
+
+
 def test_terminal_table_says_the_same(benchmark: Path) -> None:
     table = summary_table(benchmark)
     columns = [[str(cell).replace("\xa0", " ") for cell in column.cells] for column in table.columns]
@@ -474,6 +484,11 @@ def test_classifiers_are_ranked_by_their_score(tmp_path: Path) -> None:
     best, other = load(tmp_path)
     assert (best.name, other.name) == ("mlorc", "adamw")
     assert best.best is not None and best.best.score == pytest.approx(0.905)
+    figure = plots.memory([best, other], plots.styles_of([best, other]))
+    assert figure is not None
+    bars = {round(trace["y"][0], 3): trace["error_y"]["array"] for trace in figure["data"] if "error_y" in trace}
+    assert set(bars) == {80.5, 90.5}  # per cent, and so is the spread
+    assert list(bars.values()) == [[pytest.approx(0.7071, rel=1e-3)]] * 2
     page = unescape(write_report(tmp_path).read_text())
     assert "score 90.5\u00a0±\u00a00.7\u00a0%" in page and "1.124" in page and "diverged" not in page
     assert 'id="rates"' not in page  # a plot of perplexities

@@ -132,8 +132,8 @@ class Rate:
 
     @property
     def sd(self) -> float | None:
-        """The sample standard deviation of the score or the perplexity over seeds, where there are at least two."""
-        values = self._whole("score") or self._whole("perplexity")
+        """The sample standard deviation of the quality over seeds, where there are at least two."""
+        values = self._whole("quality")
         return stdev(values) if len(values) >= 2 else None
 
     def _whole(self, name: str) -> list[float]:
@@ -149,7 +149,10 @@ class Rate:
 
 @dataclass(frozen=True)
 class Method:
-    """One method: all its runs, and its finished ones by learning rate, the best rate first."""
+    """One method: all its runs, and its finished ones by learning rate, the best rate first.
+
+    The best is looked for among those with the most seeds: a rate tried once may just have been lucky.
+    """
 
     name: str
     runs: tuple[Run, ...]
@@ -301,7 +304,7 @@ def _method(setting: str, name: str, runs: list[Run]) -> Method:
     finished = [run for run in runs if run.finished]
     tried = dict.fromkeys(run.rate for run in finished)
     rates = [Rate(rate, tuple(run for run in finished if run.rate == rate)) for rate in tried]
-    return Method(name, tuple(runs), tuple(sorted(rates, key=_rank)), setting)
+    return Method(name, tuple(runs), tuple(sorted(rates, key=_rank_with_seeds)), setting)
 
 
 def baseline(methods: list[Method], setting: str = "") -> Rate | None:
@@ -310,13 +313,18 @@ def baseline(methods: list[Method], setting: str = "") -> Rate | None:
     return next(found, None)
 
 
-def _rank(rate: Rate | None) -> tuple[bool, float]:
+def _rank(rate: Rate | None) -> tuple[float, float]:
     """By score or perplexity: a diverged rate comes after every finite one, and no finished run at all comes last."""
     if rate is None:
-        return True, math.inf
+        return math.inf, math.inf
     if rate.score is not None:
-        return False, -rate.score
-    return False, math.inf if rate.perplexity is None else rate.perplexity
+        return 0, -rate.score
+    return (1, math.inf) if rate.perplexity is None else (0, rate.perplexity)
+
+
+def _rank_with_seeds(rate: Rate) -> tuple[float, int, float]:
+    diverged, quality = _rank(rate)
+    return diverged, -len(rate.runs), quality
 
 
 def _run(label: str, log: _Log | None, row: dict[str, Any] | None = None) -> Run:

@@ -35,8 +35,8 @@ from gossamer.bench.words import MISSING
 from gossamer.errors import UserError
 
 BEST = (
-    "Of each method the best learning rate tried: the one with the lowest mean perplexity, or the highest mean score, "
-    "over seeds. All numbers are means over those runs."
+    "Of each method the best learning rate tried: of those with the most seeds the one with the lowest mean "
+    "perplexity, or the highest mean score. All numbers are means over those runs."
 )
 
 Link = Callable[[str], str]

@@ -114,7 +114,7 @@ def fit(compute: ArrayLike, loss: ArrayLike) -> Law:
 
 
 class Point(NamedTuple):
-    """The best that a method reached with some compute: the mean over seeds at its best setting."""
+    """The best that a method reached with some compute: the lowest mean, of the settings with the most seeds."""
 
     method: str
     size: str
@@ -151,8 +151,9 @@ def points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
         runs.setdefault(same, {}).setdefault(setting, []).append(loss)
     found: dict[str, list[Point]] = {}
     for (data, method, size, parameters, tokens), settings in sorted(runs.items()):
-        best = min(settings, key=lambda setting: fmean(settings[setting]))
-        if math.isfinite(loss := fmean(settings[best])):
+        means = {setting: fmean(losses) for setting, losses in settings.items()}
+        best = min(means, key=lambda it: (math.isinf(means[it]), -len(settings[it]), means[it]))
+        if math.isfinite(loss := means[best]):
             rates = [float(json.loads(setting)["lr"]) for setting in (best, *settings)]
             point = Point(method, size, parameters, tokens, loss, rates[0], tuple(sorted(set(rates))))
             found.setdefault(data, []).append(point)

@@ -31,7 +31,7 @@ def cells(method: Method, reference: Rate | None) -> dict[str, str]:
     if best is None:
         perplexity = f"unfinished, step {max(run.last_step for run in method.runs):,}"
     elif best.score is not None:
-        perplexity = words.score(best.score, best.sd)
+        perplexity = words.score(100 * best.score, best.sd)
         if reference and reference.score:
             ratio = f"{best.score / reference.score:.3f}"
     elif best.perplexity is None:

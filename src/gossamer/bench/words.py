@@ -14,8 +14,8 @@ def perplexity(value: float, sd: float | None = None) -> str:
     return f"{value:,.{digits}f}" + ("" if sd is None else f"\u00a0±\u00a0{sd:,.{digits}f}")
 
 
-def score(value: float, sd: float | None = None) -> str:
-    return f"score {100 * value:.1f}" + ("" if sd is None else f"\u00a0±\u00a0{100 * sd:.1f}") + "\u00a0%"
+def score(percent: float, sd: float | None = None) -> str:
+    return f"score {percent:.1f}" + ("" if sd is None else f"\u00a0±\u00a0{sd:.1f}") + "\u00a0%"
 
 
 def ratio(value: float) -> str:
