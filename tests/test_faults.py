@@ -28,6 +28,7 @@ from gossamer.errors import UserError
 from gossamer.layers import LowRank
 from gossamer.train import pretrain
 from gossamer.train.checkpoint import MANIFEST, _digest
+from gossamer.train.loop import Run
 from tests.test_train import assert_same_end, checkpoints, events, finish, losses, make, start_child
 
 LOSS = "gossamer.train.pretraining.token_loss"
@@ -92,6 +93,27 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(tiny: Path, tmp_path: 
     assert checkpoints(out)[-1] == f"step-{event['step']:08d}"
     pretrain(make(tiny, out, steps=80, resume=True), quiet=True)
     assert_same_end(whole, out, "step-00000080")
+
+
+def test_sigterm_after_the_last_step_still_ends_the_process(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = Run._score
+
+    def evaluate_and_be_told(run: Run) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(run)
+
+    config = make(tiny, tmp_path, steps=5, eval_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_score", evaluate_and_be_told)
+        with pytest.raises(SystemExit) as stop:
+            pretrain(config, quiet=True)
+    assert stop.value.code == 0
+    *_, event = events(tmp_path)
+    assert event["event"] == "end" and event["step"] == 5
+    again = pretrain(make(tiny, tmp_path, steps=5, eval_every=0, resume=True), quiet=True)
+    assert again.score.perplexity == event["perplexity"]
 
 
 # ---- saving beside the training --------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ One seed has no deviation, and so no verdict.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, variance
 
 from rich.console import Console
@@ -94,7 +95,7 @@ ARITHMETIC = (
 
 
 def show(table: Table, sizes: Sequence[str], methods: Sequence[str], finished: Finished, console: Console) -> None:
-    """Ours beside the paper's, cell by cell; then each order that is claimed, with its verdict."""
+    """Ours beside the paper's, cell by cell; then the orders."""
     grid = Grid(title=table.title)
     for column in ("size", "method", "rate (of)", "n", "perplexity", "legacy", "published", "verdict", "caveats"):
         grid.add_column(column, justify="left" if column in ("size", "method", "verdict", "caveats") else "right")
@@ -103,14 +104,20 @@ def show(table: Table, sizes: Sequence[str], methods: Sequence[str], finished: F
         for method in sorted(methods, key=lambda method: _rank(cells[method])):
             grid.add_row(size, *_line(method, cells[method], table.perplexities.get((method, size))))
     console.print(grid)
+    for line in orders(table, sizes, finished):
+        console.print(Text(line))
+    console.print(Text(ARITHMETIC))
+
+
+def orders(table: Table, sizes: Sequence[str], finished: Finished) -> Iterator[str]:
+    """Each order that is claimed, size by size, with its verdict."""
     for size in sizes:
         for order in table.orders:
-            for better, worse in zip(order.methods, order.methods[1:], strict=False):
+            for better, worse in pairwise(order.methods):
                 a, b = (cell(size, method, finished).all_of("perplexity") for method in (better, worse))
                 within = f" within {order.margin:g}" if order.margin else ""
                 verdict = of_order(a, b, order.margin)
-                console.print(Text(f"{size}: {better} before {worse}{within} ({order.source}): {verdict}"))
-    console.print(Text(ARITHMETIC))
+                yield f"{size}: {better} before {worse}{within} ({order.source}): {verdict}"
 
 
 def _line(method: str, found: Cell, claim: Claim | None) -> list[str]:

@@ -118,7 +118,11 @@ class Run:
                     self.display.say(f"step {self.done}: stopped by SIGTERM and saved; --resume continues")
                     raise SystemExit(0)
             self._settle()
-            return self._end(score or self._score())
+            result = self._end(score or self._score())
+            if self.world.any(self.stopping.asked):  # too late to be noticed by a step; whoever trains on must hear it
+                self.display.say("finished; stopped by SIGTERM")
+                raise SystemExit(0)
+            return result
         except UserError as error:
             self.checkpoints.settle_after(error)
             raise

@@ -1,0 +1,145 @@
+"""The tables and pictures of docs/replication.md, each beside the rows that it is made of.
+
+python -m benchmarks.replication
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from gossamer.bench import plots, reading, words
+from gossamer.bench.reading import Method
+from gossamer.bench.runner import Rows
+from gossamer.bench.verdict import ARITHMETIC, orders
+from gossamer.bench.words import MISSING
+from papers import replication
+
+RESULTS = Path("results")
+HEADER = ("method", "family", "rate (of)", "seeds", "perplexity", "gain beside AdamW's", "state of hidden layers, MiB",
+          "weights and state, MiB", "step ÷ `torch` AdamW's")  # fmt: skip
+
+
+def main() -> None:
+    for name in ("tiny", "small", "ranks"):
+        folder = RESULTS / f"replication_{name}"
+        if not (folder / "rows.jsonl").exists():
+            continue
+        methods = reading.load(folder)
+        (folder / "table.md").write_text(page(name, methods, folder))
+        pictures = (
+            {"ranks": by_rank(methods)}
+            if name == "ranks"
+            else {"rates": by_rate(methods), "memory": by_memory(methods)}
+        )
+        for picture, figure in pictures.items():
+            figure.update_layout(template="plotly_white").write_image(folder / f"{picture}.svg")
+
+
+def page(name: str, methods: Sequence[Method], folder: Path) -> str:
+    table = getattr(replication, name)
+    lines = [
+        f"# Replication: {table.title}",
+        "",
+        *grid(methods, floor() if name == "tiny" else None),
+        "",
+        ARITHMETIC.capitalize() + ".",
+        "",
+    ]
+    finished = Rows(folder / "rows.jsonl", folder).read()
+    lines += [f"- {line}" for line in orders(table, table.sizes, finished)]
+    return "\n".join(lines) + "\n"
+
+
+def floor() -> float | None:
+    """The mean log perplexity with hidden matrices as they were drawn."""
+    folder = RESULTS / "replication_floor"
+    best = reading.load(folder)[0].best if (folder / "rows.jsonl").exists() else None
+    return math.log(best.perplexity) if best and best.perplexity else None
+
+
+def family_of(method: str) -> str:
+    return next((name for name, own in replication.FAMILIES.items() if method in own), MISSING)
+
+
+def grid(methods: Sequence[Method], floor: float | None) -> list[str]:
+    """A line a method, the best first. The gain is what log perplexity lies below the floor, over AdamW's."""
+    reference = reading.baseline(list(methods))
+    lines = [HEADER, ("---",) * 2 + ("---:",) * (len(HEADER) - 2)]
+    for method in methods:
+        best = method.best
+        if best is None:
+            continue
+        gain = MISSING
+        if floor and best.perplexity and reference and reference.perplexity:
+            gain = f"{(floor - math.log(best.perplexity)) / (floor - math.log(reference.perplexity)):.0%}"
+        sizes = (best.mean("hidden_state_bytes"), best.mean("memory_bytes"))
+        time = best.mean("step_time_ratio")
+        lines.append(
+            (
+                f"`{method.name}`",
+                family_of(method.name),
+                f"{best.rate:g} ({len(method.rates)})",
+                str(len(best.runs)),
+                "diverged" if best.perplexity is None else words.perplexity(best.perplexity, best.sd),
+                gain,
+                *(MISSING if size is None else words.mib(size) for size in sizes),
+                MISSING if time is None else words.ratio(time),
+            )
+        )
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def by_rate(methods: Sequence[Method]) -> go.Figure:
+    """A panel a family: perplexity against the learning rate, bars of one standard deviation."""
+    families: Mapping[str, Sequence[str]] = replication.FAMILIES
+    figure = make_subplots(2, 2, subplot_titles=list(families), vertical_spacing=0.12)
+    for index, names in enumerate(families.values()):
+        row, column = divmod(index, 2)
+        own = [method for method in methods if method.name in names]
+        drawn = plots.rates(own, plots.styles_of(own)) if own else None
+        key = f"legend{index + 1}" if index else "legend"
+        for trace in drawn["data"] if drawn else ():
+            figure.add_trace(go.Scatter({**trace, "meta": None}), row + 1, column + 1)
+            figure.data[-1].legend = key
+        place = {"x": 0.46 + 0.545 * column, "y": 1.0 - 0.56 * row, "xanchor": "left"}
+        figure.update_layout({key: place | {"font": {"size": 10}}})
+    figure.update_xaxes(type="log", title="learning rate")
+    return figure.update_yaxes(title="validation perplexity", type="log", matches="y").update_layout(
+        width=1100, height=900
+    )
+
+
+def by_memory(methods: Sequence[Method]) -> go.Figure:
+    """The report's plot of perplexity against memory."""
+    return go.Figure(plots.memory(list(methods), plots.styles_of(list(methods)))).update_layout(width=1000, height=600)
+
+
+def by_rank(methods: Sequence[Method]) -> go.Figure:
+    """Perplexity against the rank, bars of one standard deviation."""
+    figure = go.Figure()
+    for name, colour in (("lora-pre", "#0072b2"), ("galore", "#d55e00")):
+        found = {
+            int(rank): method.best
+            for method in methods
+            for stem, _, rank in [method.name.rpartition("-r")]
+            if stem == name and method.best
+        }
+        ranks = sorted(found)
+        figure.add_scatter(
+            name=name,
+            x=ranks,
+            y=[found[rank].perplexity for rank in ranks],
+            error_y={"type": "data", "array": [found[rank].sd or 0.0 for rank in ranks]},
+            line={"color": colour},
+        )
+    figure.update_xaxes(type="log", title="rank, of d = 128", tickvals=list(replication.RANKS))
+    return figure.update_layout(width=800, height=450, yaxis_title="validation perplexity, ± sd")
+
+
+if __name__ == "__main__":
+    main()
