@@ -23,7 +23,7 @@ from gossamer.bench import Follow, Run, Sweep, Table, outlook, presets, runner
 from gossamer.bench.claim import cell
 from gossamer.bench.reading import read_published, write_published
 from gossamer.bench.reproduce import tables_in
-from gossamer.bench.verdict import against_published, of_difference, of_one_more, of_order
+from gossamer.bench.verdict import against_published, of_mean, of_one_more, of_order
 from gossamer.cli import main
 from gossamer.data import DataConfig
 from gossamer.optim.methods.adamw import AdamW
@@ -247,9 +247,9 @@ def test_the_replication_has_every_method() -> None:
 
 
 def test_intervals_are_those_of_the_textbook() -> None:
-    a, b = [3.30, 3.32, 3.37], [3.40, 3.41, 3.45, 3.38]
-    theirs = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    ours = of_difference(a, b)
+    a, b = [3.30, 3.32, 3.37], [3.40, 3.41, 3.45]
+    theirs = stats.ttest_rel(a, b).confidence_interval(0.95)
+    ours = of_mean([x - y for x, y in zip(a, b, strict=True)])
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-9)  # both in float64
     one_more = of_one_more([1.0, 2.0, 3.0])  # t(2) at 97.5 % is 4.30265 in every table
     assert (one_more.low, one_more.high) == pytest.approx(
@@ -268,14 +268,18 @@ def test_verdicts() -> None:
     assert against_published((30.0, None), 30.0) == "diverged"
     assert against_published((), 30.0) == "no run"
 
-    better, worse = (20.0, 20.1, 19.9), (22.0, 22.1, 21.9)
+    better, worse = {0: 20.0, 1: 20.1, 2: 19.9}, {0: 22.0, 1: 22.1, 2: 21.9}
     assert of_order(better, worse, 0.0).startswith("holds")
     assert of_order(worse, better, 0.0).startswith("refuted")
     assert of_order(worse, better, 0.2).startswith("holds")  # log(22 / 20) is 0.095
-    assert of_order(better, (20.05, 20.15, 19.9), 0.0).startswith("undecided")
-    assert of_order(better[:1], worse, 0.0) == "one seed: no verdict"
-    assert of_order((), worse, 0.0) == "no run"
-    assert of_order((20.0, None), worse, 0.0) == "refuted: it diverged"
+    assert of_order(better, {0: 20.05, 1: 20.0, 2: 19.95}, 0.0).startswith("undecided")
+    assert of_order({0: 20.0}, worse, 0.0) == "1 seed in common: no verdict"
+    assert of_order({3: 20.0, 4: 20.0}, worse, 0.0) == "0 seeds in common: no verdict"
+    assert of_order({}, worse, 0.0) == "no run"
+    assert of_order({0: 20.0, 1: None}, worse, 0.0) == "refuted: it diverged"
+    assert of_order(worse, {0: 20.0, 1: None}, 0.0) == "holds: the other diverged"
+    # Seeds that are far apart, and move both alike: what counts is how far the two are apart with each.
+    assert of_order({0: 20.0, 1: 30.0, 2: 40.0}, {0: 20.2, 1: 30.3, 2: 40.4}, 0.0) == "holds: -0.0100 to -0.0100"
 
 
 # --- the papers -------------------------------------------------------------------------------------------------------

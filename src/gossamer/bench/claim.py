@@ -174,6 +174,11 @@ class Cell:
     rates: int
     """Learning rates tried."""
 
+    @property
+    def by_seed(self) -> dict[int, float | None]:
+        """Perplexities; None where a run diverged."""
+        return {row["seed"]: row["perplexity"] for row in self.rows}
+
     def all_of(self, name: str) -> list[float | None]:
         """A number of each run; None where it diverged."""
         return [row[name] for row in self.rows]

@@ -4,8 +4,10 @@ A cell is its finished runs at one learning rate, a log perplexity x_i a seed, n
 
 - Against a published perplexity p, which is one run of its authors: `x +- t(n - 1) s sqrt(1 + 1/n)`, where one more run
   of ours would lie. Within it p agrees; beyond it ours is better or worse.
-- Two cells of ours: Welch's interval of the difference of means, `x_a - x_b +- t(nu) sqrt(s_a^2/n_a + s_b^2/n_b)`.
-  "a before b" holds where all of it lies below the claim's margin, and is refuted where all of it lies above.
+- Two cells of ours: the interval of the mean difference over the seeds that both have, `d +- t(n - 1) s_d / sqrt(n)`. A
+  seed is one order of the text and one draw of what is not replaced, which moves all methods alike: differences vary
+  by far less than perplexities. "a before b" holds where all of the interval lies below the claim's margin, and is
+  refuted where all of it lies above.
 
 One seed has no deviation, and so no verdict.
 """
@@ -13,7 +15,7 @@ One seed has no deviation, and so no verdict.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, variance
@@ -23,6 +25,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 from scipy.special import stdtrit
 
+from gossamer.bench import words
 from gossamer.bench.claim import Cell, Claim, Finished, Table, cell
 
 LEVEL = 0.95
@@ -41,15 +44,10 @@ def of_one_more(values: Sequence[float]) -> Interval:
     return Interval(fmean(values) - half, fmean(values) + half)
 
 
-def of_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
-    """Welch's interval of mean(a) - mean(b), at least two values each."""
-    parts = variance(a) / len(a), variance(b) / len(b)
-    difference = fmean(a) - fmean(b)
-    if not any(parts):
-        return Interval(difference, difference)
-    freedom = sum(parts) ** 2 / sum(part**2 / (len(it) - 1) for part, it in zip(parts, (a, b), strict=True))
-    half = student(freedom) * math.sqrt(sum(parts))
-    return Interval(difference - half, difference + half)
+def of_mean(values: Sequence[float]) -> Interval:
+    """Where the mean of which these, at least two, are samples lies."""
+    half = student(len(values) - 1) * math.sqrt(variance(values) / len(values))
+    return Interval(fmean(values) - half, fmean(values) + half)
 
 
 def against_published(perplexities: Sequence[float | None], published: float) -> str:
@@ -64,16 +62,21 @@ def against_published(perplexities: Sequence[float | None], published: float) ->
     return "ours is worse" if math.log(published) < interval.low else "agrees"
 
 
-def of_order(better: Sequence[float | None], worse: Sequence[float | None], margin: float) -> str:
-    """Whether the first method's perplexities are no higher than the second's: a verdict in words."""
+def of_order(better: Mapping[int, float | None], worse: Mapping[int, float | None], margin: float) -> str:
+    """Whether the first method's perplexities, by seed, are no higher than the second's: a verdict in words."""
     if not better or not worse:
         return "no run"
-    a, b = _logs(better), _logs(worse)
-    if a is None or b is None:
-        return "both diverged" if a is b else "refuted: it diverged" if a is None else "holds: the other diverged"
-    if len(a) < 2 or len(b) < 2:
-        return "one seed: no verdict"
-    interval = of_difference(a, b)
+    diverged = None in better.values(), None in worse.values()
+    if any(diverged):
+        return (
+            "both diverged" if all(diverged) else "refuted: it diverged" if diverged[0] else "holds: the other diverged"
+        )
+    differences = [
+        math.log(a / b) for seed in better.keys() & worse.keys() if (a := better[seed]) and (b := worse[seed])
+    ]
+    if len(differences) < 2:
+        return f"{words.plural(len(differences), 'seed')} in common: no verdict"
+    interval = of_mean(differences)
     word = "holds" if interval.high < margin else "refuted" if interval.low > margin else "undecided"
     return f"{word}: {interval.low:+.4f} to {interval.high:+.4f}"
 
@@ -90,7 +93,7 @@ def student(freedom: float) -> float:
 
 ARITHMETIC = (
     "verdicts, in log perplexity, 95 %: a published number against where one more run of ours would lie; an order by "
-    "Welch's interval of the difference"
+    "the interval of the mean difference, seed by seed"
 )
 
 
@@ -114,7 +117,7 @@ def orders(table: Table, sizes: Sequence[str], finished: Finished) -> Iterator[s
     for size in sizes:
         for order in table.orders:
             for better, worse in pairwise(order.methods):
-                a, b = (cell(size, method, finished).all_of("perplexity") for method in (better, worse))
+                a, b = (cell(size, method, finished).by_seed for method in (better, worse))
                 within = f" within {order.margin:g}" if order.margin else ""
                 verdict = of_order(a, b, order.margin)
                 yield f"{size}: {better} before {worse}{within} ({order.source}): {verdict}"
