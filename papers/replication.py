@@ -103,7 +103,7 @@ tiny = Table(
     methods=tuple(RECIPES),
     run=run_tiny,
     orders=ORDERS,
-    sweep=Sweep(factors=(2.0, 1.0, 4.0, 0.5), most=6, leading=leading),
+    sweep=Sweep(factors=(2.0, 4.0, 1.0, 8.0), most=6, leading=leading),
 )
 
 _EIGHTH = f"{_LORA_PRE}, Figure 2: an eighth of the rank is enough"
