@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from gossamer.bench import plots, reading, words
-from gossamer.bench.reading import Method
+from gossamer.bench.reading import Method, Rate
 from gossamer.bench.runner import Rows
 from gossamer.bench.verdict import ARITHMETIC, orders
 from gossamer.bench.words import MISSING
@@ -45,7 +45,7 @@ def page(name: str, methods: Sequence[Method], folder: Path) -> str:
     lines = [
         f"# Replication: {table.title}",
         "",
-        *grid(methods, floor() if name == "tiny" else None),
+        *grid(methods, floor() if name == "tiny" else {}),
         "",
         ARITHMETIC.capitalize() + ".",
         "",
@@ -55,28 +55,38 @@ def page(name: str, methods: Sequence[Method], folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def floor() -> float | None:
-    """The mean log perplexity with hidden matrices as they were drawn."""
+def floor() -> dict[int, float]:
+    """Log perplexities, by seed, with hidden matrices as they were drawn."""
     folder = RESULTS / "replication_floor"
-    best = reading.load(folder)[0].best if (folder / "rows.jsonl").exists() else None
-    return math.log(best.perplexity) if best and best.perplexity else None
+    return by_seed(reading.load(folder)[0].best) if (folder / "rows.jsonl").exists() else {}
+
+
+def by_seed(rate: Rate | None) -> dict[int, float]:
+    """Log perplexities of the runs that did not diverge."""
+    return {run.row["seed"]: math.log(run.perplexity) for run in (rate.runs if rate else ()) if run.perplexity}
+
+
+def gain(rate: Rate, reference: Rate | None, floor: Mapping[int, float]) -> str:
+    """What log perplexity lies below the floor, over what the reference's does, with the seeds that all three have."""
+    ours, theirs = by_seed(rate), by_seed(reference)
+    seeds = ours.keys() & theirs.keys() & floor.keys()
+    if not seeds or len(ours) < len(rate.runs):
+        return MISSING
+    return f"{sum(floor[it] - ours[it] for it in seeds) / sum(floor[it] - theirs[it] for it in seeds):.0%}"
 
 
 def family_of(method: str) -> str:
     return next((name for name, own in replication.FAMILIES.items() if method in own), MISSING)
 
 
-def grid(methods: Sequence[Method], floor: float | None) -> list[str]:
-    """A line a method, the best first. The gain is what log perplexity lies below the floor, over AdamW's."""
+def grid(methods: Sequence[Method], floor: Mapping[int, float]) -> list[str]:
+    """A line a method, the best first."""
     reference = reading.baseline(list(methods))
     lines = [HEADER, ("---",) * 2 + ("---:",) * (len(HEADER) - 2)]
     for method in methods:
         best = method.best
         if best is None:
             continue
-        gain = MISSING
-        if floor and best.perplexity and reference and reference.perplexity:
-            gain = f"{(floor - math.log(best.perplexity)) / (floor - math.log(reference.perplexity)):.0%}"
         sizes = (best.mean("hidden_state_bytes"), best.mean("memory_bytes"))
         time = best.mean("step_time_ratio")
         lines.append(
@@ -86,7 +96,7 @@ def grid(methods: Sequence[Method], floor: float | None) -> list[str]:
                 f"{best.rate:g} ({len(method.rates)})",
                 str(len(best.runs)),
                 "diverged" if best.perplexity is None else words.perplexity(best.perplexity, best.sd),
-                gain,
+                gain(best, reference, floor),
                 *(MISSING if size is None else words.mib(size) for size in sizes),
                 MISSING if time is None else words.ratio(time),
             )
@@ -95,28 +105,32 @@ def grid(methods: Sequence[Method], floor: float | None) -> list[str]:
 
 
 def by_rate(methods: Sequence[Method]) -> go.Figure:
-    """A panel a family: perplexity against the learning rate, bars of one standard deviation."""
+    """A panel a family: perplexity against the learning rate, bars of one standard deviation.
+
+    The best three quarters of all that was tried are in the frame; lines to worse ones leave it at the top.
+    """
     families: Mapping[str, Sequence[str]] = replication.FAMILIES
-    figure = make_subplots(2, 2, subplot_titles=list(families), vertical_spacing=0.12)
+    figure = make_subplots(2, 2, subplot_titles=list(families), vertical_spacing=0.13, horizontal_spacing=0.2)
     for index, names in enumerate(families.values()):
         row, column = divmod(index, 2)
         own = [method for method in methods if method.name in names]
         drawn = plots.rates(own, plots.styles_of(own)) if own else None
         key = f"legend{index + 1}" if index else "legend"
         for trace in drawn["data"] if drawn else ():
-            figure.add_trace(go.Scatter({**trace, "meta": None}), row + 1, column + 1)
-            figure.data[-1].legend = key
-        place = {"x": 0.46 + 0.545 * column, "y": 1.0 - 0.56 * row, "xanchor": "left"}
+            figure.add_trace(go.Scatter({**trace, "meta": None, "legend": key}), row + 1, column + 1)
+        place = {"x": 0.41 + 0.6 * column, "y": 1.0 - 0.565 * row, "xanchor": "left"}
         figure.update_layout({key: place | {"font": {"size": 10}}})
-    figure.update_xaxes(type="log", title="learning rate")
-    return figure.update_yaxes(title="validation perplexity", type="log", matches="y").update_layout(
-        width=1100, height=900
-    )
+    figure.update_xaxes(type="log", title="learning rate", dtick="D2", tickformat="~g")
+    tried = sorted(rate.quality for method in methods for rate in method.rates if rate.quality is not None)
+    frame = [0.98 * tried[0], 1.02 * tried[3 * len(tried) // 4]]
+    return figure.update_yaxes(title="validation perplexity", range=frame).update_layout(width=1100, height=900)
 
 
 def by_memory(methods: Sequence[Method]) -> go.Figure:
-    """The report's plot of perplexity against memory."""
-    return go.Figure(plots.memory(list(methods), plots.styles_of(list(methods)))).update_layout(width=1000, height=600)
+    """The report's plot of perplexity against memory, with the name of every method."""
+    figure = go.Figure(plots.memory(list(methods), plots.styles_of(list(methods))))
+    figure.update_traces(mode="markers+text", textfont={"size": 10}, selector=lambda trace: trace.mode == "markers")
+    return figure.update_layout(width=1000, height=600)
 
 
 def by_rank(methods: Sequence[Method]) -> go.Figure:
