@@ -31,6 +31,7 @@ import tyro
 from plotly.subplots import make_subplots
 
 import gossamer
+from gossamer.bench import plots
 from gossamer.bench.reading import Rate, load
 from gossamer.data import TaskConfig
 from gossamer.data.glue import glue_task, read_glue
@@ -198,11 +199,11 @@ def constant_score(name: str, data: str) -> float:
 
 
 def by_task(folder: Path) -> dict[str, dict[str, Rate]]:
-    """Every method at its best rate, as the report chooses it."""
+    """Every method at its best rate, as the report chooses it; of several lengths of training the last, the longest."""
     found: dict[str, dict[str, Rate]] = {}
     for method in load(folder):
         if method.best is not None:
-            found.setdefault(method.setting, {})[method.name] = method.best
+            found.setdefault(method.runs[0].task or "", {})[method.name] = method.best
     return found
 
 
@@ -212,6 +213,8 @@ def table(found: Mapping[str, Mapping[str, Rate]], floors: Mapping[str, float]) 
     lines.append(f"| largest class | | {' | '.join(f'{100 * floors[task]:.1f}' for task in found)} |")
     for method in METHODS:
         rates = [rates.get(method) for rates in found.values()]
+        if not any(rates):
+            continue
         state = max(rate.mean("hidden_state_bytes") or 0.0 for rate in rates if rate)
         lines.append(f"| {method} | {state / 1024:,.0f} | {' | '.join(map(in_words, rates))} |")
     return "\n".join(lines) + "\n"
@@ -236,10 +239,10 @@ def picture(found: Mapping[str, Mapping[str, Rate]], floors: Mapping[str, float]
             y=[rates[name].quality for name in names],
             error_y={"type": "data", "array": [rates[name].sd or 0.0 for name in names]},
             mode="markers",
-            marker={"color": "#0072b2"},
+            marker={"color": plots.COLOURS[0]},
             **where,
         )
-        figure.add_hline(100 * floors[task], line={"dash": "dot", "color": "#8a8f98"}, **where)
+        figure.add_hline(100 * floors[task], line={"dash": "dot", "color": plots.GREY}, **where)
     figure.update_layout(template="plotly_white", width=1000, height=600, showlegend=False)
     return figure.update_yaxes(title_text="score, % ± sd", col=1)
 

@@ -12,15 +12,16 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from benchmarks.pages import table
 from gossamer.bench import plots, reading, words
 from gossamer.bench.reading import Method, Rate
-from gossamer.bench.runner import Rows
+from gossamer.bench.table import cells
 from gossamer.bench.verdict import ARITHMETIC, orders
 from gossamer.bench.words import MISSING
 from papers import replication
 
 RESULTS = Path("results")
-HEADER = ("method", "family", "rate (of)", "seeds", "perplexity", "gain beside AdamW's", "state of hidden layers, MiB",
+HEADER = ("method", "family", "rate", "tried", "perplexity", "gain beside AdamW's", "state of hidden layers, MiB",
           "weights and state, MiB", "step ÷ `torch` AdamW's")  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def main() -> None:
         if not (folder / "rows.jsonl").exists():
             continue
         methods = reading.load(folder)
-        (folder / "table.md").write_text(page(name, methods, folder))
+        (folder / "table.md").write_text(page(name, methods))
         pictures = (
             {"ranks": by_rank(methods)}
             if name == "ranks"
@@ -40,18 +41,18 @@ def main() -> None:
             figure.update_layout(template="plotly_white").write_image(folder / f"{picture}.svg")
 
 
-def page(name: str, methods: Sequence[Method], folder: Path) -> str:
-    table = getattr(replication, name)
+def page(name: str, methods: Sequence[Method]) -> str:
+    claimed = getattr(replication, name)
+    finished = {run.label: run.row for method in methods for run in method.runs}
     lines = [
-        f"# Replication: {table.title}",
+        f"# Replication: {claimed.title}",
         "",
-        *grid(methods, floor() if name == "tiny" else {}),
+        grid(methods, floor() if name == "tiny" else {}),
         "",
         ARITHMETIC.capitalize() + ".",
         "",
+        *(f"- {line}" for line in orders(claimed, claimed.sizes, finished)),
     ]
-    finished = Rows(folder / "rows.jsonl", folder).read()
-    lines += [f"- {line}" for line in orders(table, table.sizes, finished)]
     return "\n".join(lines) + "\n"
 
 
@@ -79,29 +80,26 @@ def family_of(method: str) -> str:
     return next((name for name, own in replication.FAMILIES.items() if method in own), MISSING)
 
 
-def grid(methods: Sequence[Method], floor: Mapping[int, float]) -> list[str]:
+def grid(methods: Sequence[Method], floor: Mapping[int, float]) -> str:
     """A line a method, the best first."""
     reference = reading.baseline(list(methods))
-    lines = [HEADER, ("---",) * 2 + ("---:",) * (len(HEADER) - 2)]
+    lines = []
     for method in methods:
-        best = method.best
-        if best is None:
+        if (best := method.best) is None:
             continue
-        sizes = (best.mean("hidden_state_bytes"), best.mean("memory_bytes"))
-        time = best.mean("step_time_ratio")
+        texts, memory = cells(method, reference), best.mean("memory_bytes")
         lines.append(
             (
-                f"`{method.name}`",
+                f"`{texts['method']}`",
                 family_of(method.name),
-                f"{best.rate:g} ({len(method.rates)})",
-                str(len(best.runs)),
-                "diverged" if best.perplexity is None else words.perplexity(best.perplexity, best.sd),
+                *(texts[name] for name in ("rate", "tried", "perplexity")),
                 gain(best, reference, floor),
-                *(MISSING if size is None else words.mib(size) for size in sizes),
-                MISSING if time is None else words.ratio(time),
+                texts["hidden"],
+                MISSING if memory is None else words.mib(memory),
+                texts["step time"],
             )
         )
-    return [f"| {' | '.join(line)} |" for line in lines]
+    return table(HEADER, lines)
 
 
 def by_rate(methods: Sequence[Method]) -> go.Figure:
@@ -135,20 +133,15 @@ def by_memory(methods: Sequence[Method]) -> go.Figure:
 
 def by_rank(methods: Sequence[Method]) -> go.Figure:
     """Perplexity against the rank, bars of one standard deviation."""
+    best = {method.name: method.best for method in methods if method.best}
     figure = go.Figure()
-    for name, colour in (("lora-pre", "#0072b2"), ("galore", "#d55e00")):
-        found = {
-            int(rank): method.best
-            for method in methods
-            for stem, _, rank in [method.name.rpartition("-r")]
-            if stem == name and method.best
-        }
-        ranks = sorted(found)
+    for name, colour in zip(("lora-pre", "galore"), plots.COLOURS, strict=False):
+        found = {rank: best[key] for rank in replication.RANKS if (key := f"{name}-r{rank}") in best}
         figure.add_scatter(
             name=name,
-            x=ranks,
-            y=[found[rank].perplexity for rank in ranks],
-            error_y={"type": "data", "array": [found[rank].sd or 0.0 for rank in ranks]},
+            x=list(found),
+            y=[rate.perplexity for rate in found.values()],
+            error_y={"type": "data", "array": [rate.sd or 0.0 for rate in found.values()]},
             line={"color": colour},
         )
     figure.update_xaxes(type="log", title="rank, of d = 128", tickvals=list(replication.RANKS))

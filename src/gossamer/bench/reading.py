@@ -304,7 +304,8 @@ def _method(setting: str, name: str, runs: list[Run]) -> Method:
     finished = [run for run in runs if run.finished]
     tried = dict.fromkeys(run.rate for run in finished)
     rates = [Rate(rate, tuple(run for run in finished if run.rate == rate)) for rate in tried]
-    return Method(name, tuple(runs), tuple(sorted(rates, key=_rank_with_seeds)), setting)
+    rates.sort(key=lambda rate: settled_first(_badness(rate), len(rate.runs)))
+    return Method(name, tuple(runs), tuple(rates), setting)
 
 
 def baseline(methods: list[Method], setting: str = "") -> Rate | None:
@@ -313,18 +314,21 @@ def baseline(methods: list[Method], setting: str = "") -> Rate | None:
     return next(found, None)
 
 
-def _rank(rate: Rate | None) -> tuple[float, float]:
-    """By score or perplexity: a diverged rate comes after every finite one, and no finished run at all comes last."""
-    if rate is None:
-        return math.inf, math.inf
+def settled_first(badness: float, seeds: int) -> tuple[bool, int, float]:
+    """A sort key of settings, the best first: diverged ones last, then by the most seeds, then by the mean."""
+    return math.isinf(badness), -seeds, badness
+
+
+def _badness(rate: Rate) -> float:
+    """A perplexity, or a score turned round; infinite where a run diverged."""
     if rate.score is not None:
-        return 0, -rate.score
-    return (1, math.inf) if rate.perplexity is None else (0, rate.perplexity)
+        return -rate.score
+    return math.inf if rate.perplexity is None else rate.perplexity
 
 
-def _rank_with_seeds(rate: Rate) -> tuple[float, int, float]:
-    diverged, quality = _rank(rate)
-    return diverged, -len(rate.runs), quality
+def _rank(rate: Rate | None) -> tuple[bool, float]:
+    """A diverged rate comes after every finite one, and no finished run at all comes last."""
+    return (True, math.inf) if rate is None else (False, _badness(rate))
 
 
 def _run(label: str, log: _Log | None, row: dict[str, Any] | None = None) -> Run:

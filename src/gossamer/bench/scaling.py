@@ -30,7 +30,7 @@ from torch import nn
 
 from gossamer.bench import words
 from gossamer.bench.plots import Figure, axis, figure_of, styles_of, text_of
-from gossamer.bench.reading import Method
+from gossamer.bench.reading import Method, settled_first
 from gossamer.bench.verdict import student
 from gossamer.errors import UserError
 from gossamer.layers import PARAMETRIZATIONS, FactoredLinear, SLTrainLinear
@@ -152,7 +152,7 @@ def points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
     found: dict[str, list[Point]] = {}
     for (data, method, size, parameters, tokens), settings in sorted(runs.items()):
         means = {setting: fmean(losses) for setting, losses in settings.items()}
-        best = min(means, key=lambda it: (math.isinf(means[it]), -len(settings[it]), means[it]))
+        best = min(means, key=lambda it: settled_first(means[it], len(settings[it])))
         if math.isfinite(loss := means[best]):
             rates = [float(json.loads(setting)["lr"]) for setting in (best, *settings)]
             point = Point(method, size, parameters, tokens, loss, rates[0], tuple(sorted(set(rates))))
