@@ -217,6 +217,23 @@ def test_seeds_are_for_the_leading_at_their_best_rate() -> None:
     assert seeds == [("b", 2e-3, 1), ("b", 2e-3, 2)]
 
 
+def test_a_best_rate_that_other_seeds_do_not_bear_out_gives_way_to_the_next() -> None:
+    """At 2e-3 the first seed was lucky; at 4e-3 all are as unlucky; at 1e-3 they are as good as the first one."""
+    losses = {2e-3: (1.0, 5.0, 1.1), 4e-3: (1.2, 9.0, None), 1e-3: (1.3, 1.2, 1.1), 8e-3: (None, 1.0, 1.0)}
+
+    def finish(run: Run) -> dict[str, Any]:
+        loss = losses[run.config.lr][run.config.seed]
+        return bowl(1.0)(run) | {"loss": loss, "perplexity": loss}
+
+    finished = complete(table_of(("a",), sweep=Sweep((1.0, 2.0, 4.0, 8.0), 4), seeds=3), finish)
+    assert [(row["lr"], row["seed"]) for row in finished.values() if row["seed"]] == [
+        (lr, seed) for lr in (2e-3, 4e-3, 1e-3) for seed in (1, 2)
+    ]
+    assert cell("tiny", "a", finished).by_seed == {0: 1.3, 1: 1.2, 2: 1.1}
+    del finished["tiny a lr 0.001 seed 2"]
+    assert cell("tiny", "a", finished).rows[0]["lr"] == 2e-3  # that one has more seeds
+
+
 def test_a_table_follows_another() -> None:
     before = complete(table_of(("a", "b", "c"), sweep=Sweep((1.0, 2.0, 0.5), 3), seeds=1), bowl(5e-4))
     before |= {label: row | {"loss": 9.0} for label, row in before.items() if row["method"] == "b"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 from gossamer.errors import UserError
@@ -97,7 +99,7 @@ class Follow:
         found = {method: _by_rate(self.method_of(method), before) for method in methods}
         if missing := [method for method, losses in found.items() if not losses]:
             raise UserError(f"table: its rates are those of {self.table}, which has no finished run of {missing[0]}")
-        ranked = {method: sorted(losses, key=lambda lr: (losses[lr], lr)) for method, losses in found.items()}
+        ranked = {method: _ranked(losses) for method, losses in found.items()}
         if self.leading is not None:
             methods = sorted(methods, key=lambda method: found[method][ranked[method][0]])[: self.leading]
         return {method: ranked[method][: self.rates] for method in methods}
@@ -152,22 +154,34 @@ class Table:
                 found[method] = losses
             if not all(found.values()):
                 continue
-            best = {method: best_rate(losses) for method, losses in found.items()}
-            leading = self.sweep.leading({method: found[method][lr] for method, lr in best.items()})
+            leading = self.sweep.leading({method: min(losses.values()) for method, losses in found.items()})
             for seed in range(1, seeds):
                 for method in leading:
-                    yield self.run(size, method, seed).at(best[method])
+                    yield self.run(size, method, seed).at(_ranked(found[method])[0])
+            for method in leading:
+                yield from self._in_its_place(size, method, seeds, found[method], finished)
+
+    def _in_its_place(
+        self, size: str, method: str, seeds: int, losses: Mapping[float, float], finished: Finished
+    ) -> Iterator[Run]:
+        """The other seeds at the next best rate, while they bring the mean of the one before above it."""
+        for lr, following in pairwise(_ranked(losses)):
+            rows = [finished.get(self.run(size, method, seed).at(lr).label) for seed in range(seeds)]
+            if not all(rows) or fmean(_loss(row) for row in rows if row) <= losses[following]:
+                return
+            for seed in range(1, seeds):
+                yield self.run(size, method, seed).at(following)
 
     def _next_rate(self, losses: Mapping[float, float]) -> float | None:
         if len(losses) >= self.sweep.most:
             return None
-        best, lowest, highest = best_rate(losses), min(losses), max(losses)
+        best, lowest, highest = _ranked(losses)[0], min(losses), max(losses)
         return _rounded(lowest / 2) if best == lowest else _rounded(highest * 2) if best == highest else None
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The finished runs of a method at one size, at the learning rate that was best with seed 0."""
+    """The finished runs of a method at one size, at its best learning rate."""
 
     rows: tuple[dict[str, Any], ...]
     """One a seed."""
@@ -185,18 +199,30 @@ class Cell:
 
 
 def cell(size: str, method: str, finished: Finished) -> Cell:
-    """What is there of a cell."""
-    losses = _by_rate(method, finished, size)
-    if not losses:
+    """What is there of a cell, at the rate that comes first by `settled_first`."""
+    rates: dict[float, list[dict[str, Any]]] = {}
+    for row in finished.values():
+        if (row["size"], row["method"]) == (size, method):
+            rates.setdefault(row["lr"], []).append(row)
+    if not rates:
         return Cell((), 0)
-    lr = best_rate(losses)
-    own = [row for row in finished.values() if (row["size"], row["method"], row["lr"]) == (size, method, lr)]
-    return Cell(tuple(sorted(own, key=lambda row: row["seed"])), len(losses))
+
+    def place(lr: float) -> tuple[bool, int, float, float]:
+        perplexities = [math.inf if row["perplexity"] is None else row["perplexity"] for row in rates[lr]]
+        return *settled_first(fmean(perplexities), len(perplexities)), lr
+
+    own = rates[min(rates, key=place)]
+    return Cell(tuple(sorted(own, key=lambda row: row["seed"])), len(rates))
 
 
-def best_rate(losses: Mapping[float, float]) -> float:
-    """The smallest of those with the lowest loss."""
-    return min(losses, key=lambda lr: (losses[lr], lr))
+def settled_first(badness: float, seeds: int) -> tuple[bool, int, float]:
+    """A sort key of settings, the best first: diverged ones last, then by the most seeds, then by the mean."""
+    return math.isinf(badness), -seeds, badness
+
+
+def _ranked(losses: Mapping[float, float]) -> list[float]:
+    """Learning rates, the best first, of equals the smallest."""
+    return sorted(losses, key=lambda lr: (losses[lr], lr))
 
 
 def _losses(run: Run, rates: Sequence[float], finished: Finished) -> dict[float, float]:

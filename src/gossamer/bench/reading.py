@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from gossamer.bench import words
-from gossamer.bench.claim import Table
+from gossamer.bench.claim import Table, settled_first
 from gossamer.bench.words import MISSING
 from gossamer.errors import UserError
 from gossamer.restarts import in_words
@@ -312,11 +312,6 @@ def baseline(methods: list[Method], setting: str = "") -> Rate | None:
     """The best rate of the method that all others of the setting are compared with."""
     found = (method.best for method in methods if (method.name, method.setting) == (BASELINE, setting))
     return next(found, None)
-
-
-def settled_first(badness: float, seeds: int) -> tuple[bool, int, float]:
-    """A sort key of settings, the best first: diverged ones last, then by the most seeds, then by the mean."""
-    return math.isinf(badness), -seeds, badness
 
 
 def _badness(rate: Rate) -> float:

@@ -29,8 +29,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from gossamer.bench import words
+from gossamer.bench.claim import settled_first
 from gossamer.bench.plots import Figure, axis, figure_of, styles_of, text_of
-from gossamer.bench.reading import Method, settled_first
+from gossamer.bench.reading import Method
 from gossamer.bench.verdict import student
 from gossamer.errors import UserError
 from gossamer.layers import PARAMETRIZATIONS, FactoredLinear, SLTrainLinear
