@@ -15,24 +15,56 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from gossamer.bench import Follow, Order, Recipe, Run, Suite, Sweep, Table, presets
+import gossamer
+from gossamer.bench import Follow, Order, Recipe, Run, Suite, Sweep, Table
 from gossamer.data import DataConfig
-from gossamer.layers import LORO, LoRA
+from gossamer.layers import LORO, LoRA, LowRank, ReLoRA, SLTrain
 from gossamer.models import SHAPES
-from gossamer.optim.methods.adamw import AdamW
-from gossamer.optim.methods.golore import GoLore
 from gossamer.restarts import Restarts
 
 STEPS = 600
+RANK = 32
+"""Of every low-rank method but APOLLO-Mini: a quarter of d, as in the papers at 60M."""
 RESTARTS = Restarts(every=100, recovery_steps=10, scope="all")
-ADAMW = AdamW(betas=(0.9, 0.95))
-_QUICK = {name: replace(recipe, restarts=recipe.restarts and RESTARTS) for name, recipe in presets("quick").items()}
-RECIPES = _QUICK | {
-    "golore": replace(_QUICK["golore"], method=GoLore(rank=32, betas=ADAMW.betas, random_after=STEPS * 4 // 5)),
-    "lora": Recipe("lora", ADAMW, 1e-3, LoRA(rank=32)),
-    "loro": Recipe("loro", ADAMW, 5e-4, LORO(rank=32), RESTARTS),
+BETAS = (0.9, 0.95)
+ADAMW = gossamer.AdamW(betas=BETAS)
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("adafactor", gossamer.Adafactor(), 0.015),
+        Recipe("adam-mini", gossamer.AdamMini(betas=BETAS), 4e-4),
+        Recipe("adamw", ADAMW, 4e-4),
+        Recipe("adamw-8bit", gossamer.AdamW8bit(betas=BETAS), 4e-4),
+        Recipe("apollo", gossamer.Apollo(rank=RANK, betas=BETAS, update_proj_gap=50), 3e-3),
+        Recipe("apollo-mini", gossamer.ApolloMini(betas=BETAS, update_proj_gap=50), 1e-3),
+        Recipe("fira", gossamer.Fira(rank=RANK, betas=BETAS), 2e-3),
+        Recipe("galore", gossamer.GaLore(rank=RANK, betas=BETAS), 6e-4),
+        Recipe("galore-8bit", gossamer.GaLore8bit(rank=RANK, betas=BETAS), 6e-4),
+        Recipe("golore", gossamer.GoLore(rank=RANK, betas=BETAS, random_after=STEPS * 4 // 5), 6e-4),
+        Recipe("gossamer", gossamer.Gossamer(rank=RANK), 4e-4),
+        Recipe("gossamer-lion", gossamer.GossamerLion(rank=RANK), 2e-4),
+        Recipe("gossamer-muon", gossamer.GossamerMuon(rank=RANK), 5e-3),
+        Recipe("ldadam", gossamer.LDAdam(rank=RANK), 6e-4),
+        Recipe("lion", gossamer.Lion(), 2e-4),
+        Recipe("lora-pre", gossamer.LoRAPre(rank=RANK), 2e-4),
+        Recipe("lora-pre-muon", gossamer.LoRAPreMuon(rank=RANK), 5e-3),
+        Recipe("lora-pre-stable", gossamer.LoRAPreStable(rank=RANK), 2e-4),
+        Recipe("low-rank", ADAMW, 2.5e-4, LowRank(rank=RANK)),
+        Recipe("low-rank-restarts", ADAMW, 2.5e-4, LowRank(rank=RANK), RESTARTS),
+        Recipe("mlorc", gossamer.MLorc(rank=RANK, power_iterations=1, betas=BETAS), 4e-4),
+        Recipe("mlorc-lion", gossamer.MLorcLion(rank=RANK, power_iterations=1), 2e-4),
+        Recipe("mlorc-muon", gossamer.MLorcMuon(rank=RANK, power_iterations=1), 5e-3),
+        Recipe("muon", gossamer.Muon(), 5e-3),
+        Recipe("relora", ADAMW, 1e-3, ReLoRA(rank=RANK), RESTARTS),
+        Recipe("sltrain", ADAMW, 2e-3, SLTrain(rank=RANK)),
+        Recipe("sltrain-restarts", ADAMW, 2e-3, SLTrain(rank=RANK), RESTARTS),
+        Recipe("spam", gossamer.SPAM(betas=BETAS), 4e-4),
+        Recipe("stable-spam", gossamer.StableSPAM(betas=BETAS), 4e-4),
+        Recipe("lora", ADAMW, 1e-3, LoRA(rank=RANK)),
+        Recipe("loro", ADAMW, 5e-4, LORO(rank=RANK), RESTARTS),
+    )
 }
-"""What is compared: each begins at the rate that it has in `gossamer bench quick`."""
+"""What is compared, by name, and the rate at which each begins."""
 
 FAMILIES = {
     "full rank": ("adamw", "adamw-8bit", "adam-mini", "adafactor", "lion", "muon", "spam", "stable-spam"),
@@ -136,9 +168,9 @@ def run_small(size: str, method: str, seed: int) -> Run:
     """Ten minutes on one core; ranks are a quarter of d, as in `tiny`."""
     recipe = RECIPES[method]
     parts: dict[str, Any] = {
-        name: replace(part, rank=64)  # pyright: ignore
+        name: replace(part, rank=2 * RANK)  # pyright: ignore
         for name in ("method", "layers")
-        if getattr(part := getattr(recipe, name), "rank", None) == 32
+        if getattr(part := getattr(recipe, name), "rank", None) == RANK
     }
     return _run("small", replace(recipe, **parts), size, seed)
 
