@@ -19,6 +19,7 @@ PERPLEXITIES, GIGABYTES = pairs(
         "relora": ((37.04, 0.36), (29.37, 0.80), (29.08, 1.76), (18.33, 6.17)),
     },
     "arXiv 2403.03507, Table 2",
+    batches={"60m": 204, "1b": 407},
 )
 table2 = Table(
     title="GaLore, Table 2",
@@ -29,21 +30,3 @@ table2 = Table(
     gigabytes=GIGABYTES,
 )
 """Its memory is computed from nominal parameter counts (60M means 60e6) and rounded parts: no exact count meets it."""
-
-WEIGHTS = {
-    "adamw": (0.12, 0.25, 0.68, 2.60),
-    "galore": (0.12, 0.25, 0.68, 2.60),
-    "low-rank": (0.08, 0.18, 0.36, 1.19),
-    "lora": (0.20, 0.44, 1.04, 3.79),
-    "relora": (0.20, 0.44, 1.04, 3.79),
-}
-"""Table 6, GB, one number for each of `SIZES`."""
-
-STATES = {
-    "adamw": (0.23, 0.51, 1.37, 5.20),
-    "galore": (0.13, 0.28, 0.54, 1.78),
-    "low-rank": (0.17, 0.37, 0.72, 2.38),
-    "lora": (0.17, 0.37, 0.72, 2.38),
-    "relora": (0.17, 0.37, 0.72, 2.38),
-}
-"""Table 6, GB, one number for each of `SIZES`."""

@@ -4,10 +4,12 @@
     python -m papers.mlorc --task math --method mlorc                         # three seeds, GSM8K
     python -m papers.mlorc --task code --method mlorc --allow-code-execution  # HumanEval
 
-The paper's tables could not be read, so there is no published number here to compare with; what it claims is in
-`CLAIMS`. Of the learning rates only those in `RATES` are in the repository; others have to be named. Departures: the
-authors sample one answer (temperature 0.8 and 0.1), here decoding is greedy; their MLorc leaves one-dimensional
-parameters untrained and compresses the embedding's moments, here AdamW trains all that is no hidden matrix.
+The paper's tables could not be read, so there is no published number here to compare with. It claims, say notes on it,
+that rank 4 matches or exceeds full fine-tuning and is better than other memory-efficient methods throughout, that its
+memory is like LoRA's, and that its steps take less time than GaLore's. Of the learning rates only those in `RATES` are
+in the repository; others have to be named. Departures: the authors sample one answer (temperature 0.8 and 0.1), here
+decoding is greedy; their MLorc leaves one-dimensional parameters untrained and compresses the embedding's moments, here
+AdamW trains all that is no hidden matrix.
 """
 
 from __future__ import annotations
@@ -25,13 +27,6 @@ from gossamer.layers import Adapter
 from gossamer.models import resolve_config
 from gossamer.train import Finetune
 from papers.finetuning import Options, Run, command, known
-
-CLAIMS = (
-    "at rank 4 it matches or even exceeds full fine-tuning",
-    "it is better than other memory-efficient methods throughout",
-    "memory is comparable to LoRA's; its steps take less time than GaLore's",
-)
-"""Second-hand, in notes on the paper; without numbers."""
 
 RATES = {("math", "mlorc"): 1e-4, ("math", "mlorc-lion"): 5e-5, ("code", "mlorc"): 8e-5}
 """Learning rates by task and method, from the committed scripts."""

@@ -159,7 +159,7 @@ ranks = Table(
     methods=tuple(f"{method}-r{rank}" for rank in RANKS for method in ("lora-pre", "galore")),
     run=run_rank,
     orders=tuple(Order((f"lora-pre-r{rank // 8}", f"galore-r{rank}"), _EIGHTH, 0.01) for rank in (32, 64, 128)),
-    follows=Follow("tiny", rates=2, method_of=_without_rank),
+    follows=Follow("tiny", "tiny", rates=2, method_of=_without_rank),
 )
 """An eighth of the rank is enough if perplexity rises by less than 1 %."""
 
@@ -181,6 +181,5 @@ small = Table(
     methods=tuple(RECIPES),
     run=run_small,
     orders=ORDERS,
-    follows=Follow("tiny", rates=2, leading=6),
-    seeds=2,
+    follows=Follow("tiny", "tiny", rates=2, leading=6),
 )

@@ -27,12 +27,3 @@ table2 = Table(
     gigabytes=GIGABYTES,
 )
 """The authors' scripts train for 11,000, 22,000, 65,000 and 140,000 steps, the 1B one with 10,000 of warm-up."""
-
-PARAMETERS = {
-    "adamw": (58e6, 134e6, 368e6, 1339e6),
-    "low-rank": (43e6, 94e6, 185e6, 609e6),
-    "relora": (58e6, 134e6, 368e6, 1339e6),
-    "galore": (58e6, 134e6, 368e6, 1339e6),
-    "sltrain": (44e6, 97e6, 194e6, 646e6),
-}
-"""Table 2, one number for each of `SIZES`, from memory."""

@@ -47,6 +47,17 @@ def test_an_unknown_name_gets_the_nearest(word: str, meant: str) -> None:
         Bench(methods=(word,)).recipes()
 
 
+def test_what_does_not_fit_is_left_out_of_a_probe(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(probing, "_reference", full)
+    config = Pretrain(LoRAPre(rank=4), model=str(tiny / "config.json"), batch_size=2, data=DataConfig(seq_len=16))
+    found = probe(config, torch.device("cpu"), rounds=1)
+    assert set(found) == {"memory"} and found["memory"]["predicted"]["weights"] > 0
+    assert found["memory"]["peak"] is None or found["memory"]["peak"]["step"] > 0
+
+
 @pytest.mark.parametrize("layers", [None, ReLoRA(rank=4)], ids=["dense", "relora"])
 def test_a_probe_is_of_what_is_trained(tiny: Path, layers: ReLoRA | None) -> None:
     restarts = layers and Restarts(every=2)

@@ -481,7 +481,5 @@ def test_tables_have_a_cell_for_each_size() -> None:
     for table in (efficient_pretraining.scale, galore.table2, sltrain.table2):
         cells = {(method, size) for method in {method for method, _ in table.gigabytes} for size in SIZES}
         assert set(table.gigabytes) == set(table.perplexities) == cells
-    for sizes in (*galore.WEIGHTS.values(), *galore.STATES.values(), *sltrain.PARAMETERS.values()):
-        assert len(sizes) == 4
     published = efficient_pretraining.scale_7b.perplexities
     assert "second-hand" in published["muon", "7b"].caveats and not published["apollo", "7b"].caveats

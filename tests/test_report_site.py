@@ -54,7 +54,7 @@ def row(method: str, lr: float, perplexity: float | None, *, size: str = "tiny",
         "tokens_per_second": 800.0,
         "step_time": 0.004,
         "step_share": 0.25,
-        "reference": {"tokens_per_second": 1000.0, "step_time": 0.002, "step_share": 0.125},
+        "reference": {"tokens_per_second": 1000.0, "step_time": 0.002, "step_share": 0.1},
         "memory": {"predicted": {"weights": MIB, "step": 2 * MIB}, "peak": {"forward": 3 * MIB}},
         "curve": curve,
         "log": "../../runs/gone/log.jsonl",
@@ -212,7 +212,7 @@ def test_what_a_run_measured_is_shown(results: Path) -> None:
     page = write_report(results / "ours").read_text()
     costs = page.split("Time and memory, measured in the run")[1].split("</table>")[0]
     line = next(line for line in costs.split("<tr") if "again" in line)
-    assert re.findall(r"<td>(.*?)</td>", line) == ["4.00", "0.250", "0.80", "1.00", *"–––", "2.00", "3.00", *"––"]
+    assert re.findall(r"<td>(.*?)</td>", line) == ["4.00", "0.250", "1.25", "1.00", *"–––", "2.00", "3.00", *"––"]
 
 
 def test_rows_of_experiments_without_labels_are_told_apart(tmp_path: Path) -> None:
@@ -302,9 +302,14 @@ def test_laws_over_compute_are_drawn_of_rows_with_a_whole_configuration(tmp_path
     path = write_lines(tmp_path / "rows.jsonl", rows)
     figures, _ = embedded(write_report(tmp_path).read_text())
     assert any("exponent" in trace.get("name", "") for trace in figures["scaling"]["data"])
-    write_lines(path, [rows[0], rows[1] | {"perplexity": -1.0}])
-    with pytest.raises(UserError, match="Loss and compute: a row is not as it was written"):
-        write_report(tmp_path)
+    config = rows[1]["config"] | {"layers": {"name": "unheard-of"}}
+    for wrong, message in (
+        ({"config": config}, "Loss and compute: a row is not as it was written"),
+        ({"perplexity": -1.0}, "run '200': its log or row is not as it was written .a perplexity of -1"),
+    ):
+        write_lines(path, [rows[0], rows[1] | wrong])
+        with pytest.raises(UserError, match=message):
+            write_report(tmp_path)
 
 
 def test_a_method_with_measurements_alone_has_a_page(results: Path) -> None:

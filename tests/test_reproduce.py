@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from gossamer.bench import Follow, Run, Sweep, Table, outlook, presets, runner
+from gossamer.bench import Claim, Follow, Run, Sweep, Table, outlook, presets, runner
 from gossamer.bench.claim import cell
 from gossamer.bench.reading import read_published, write_published
 from gossamer.bench.reproduce import tables_in
@@ -154,6 +156,38 @@ def test_two_processes_share_a_table_after_one_was_killed(stand_in: Callable[...
     assert not list(Path("runs/stand_in_table").glob("*.lock"))
 
 
+def test_rows_of_another_text_or_recipe_do_not_count(
+    stand_in: Callable[..., list[str]], tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def seeds(*words: str) -> str:
+        assert main([*words, "--methods", "adamw", "--no-train"]) == 0
+        return shown(capsys.readouterr().out, "adamw")[3]
+
+    assert main(stand_in("--methods", "adamw")) == 0
+    capsys.readouterr()
+    table = ["reproduce", "stand_in.py::table"]
+    assert seeds(*stand_in()) == "2" and seeds(*table) == "2"  # no text is named: that of the newest row
+    assert seeds(*stand_in("--micro-batch-size", "2")) == "2"
+    assert seeds(*table, "--data", str(tiny / "valid.txt")) == "0"
+    path = Path("stand_in.py")
+    path.write_text(path.read_text().replace("steps=4", "steps=2"))
+    assert seeds(*stand_in()) == "0"
+
+
+def test_a_folder_is_gone_on_with_only_under_its_own_configuration(tmp_path: Path) -> None:
+    run, rows = table_of(("a",)).run("tiny", "a", 0), runner.Rows(tmp_path / "rows.jsonl", tmp_path / "runs")
+    folder = tmp_path / "runs" / run.folder
+    for option, stays in (({"micro_batch_size": 2, "device": "cpu"}, True), ({"steps": 7}, False)):
+        (folder / "checkpoints").mkdir(parents=True)
+        config: Any = replace(run.config, **option)
+        (folder / "log.jsonl").write_text(json.dumps({"event": "start", "config": config.to_json()}) + "\n")
+        taken, missing = rows.take(lambda _: [run])
+        assert taken == run and missing and (folder / "checkpoints").exists() == stays
+        assert rows.take(lambda _: [run]) == (None, True)  # it is held
+        rows.release(run)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 # --- which runs -------------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +271,7 @@ def test_a_best_rate_that_other_seeds_do_not_bear_out_gives_way_to_the_next() ->
 def test_a_table_follows_another() -> None:
     before = complete(table_of(("a", "b", "c"), sweep=Sweep((1.0, 2.0, 0.5), 3), seeds=1), bowl(5e-4))
     before |= {label: row | {"loss": 9.0} for label, row in before.items() if row["method"] == "b"}
-    follow = Follow("t", rates=2, leading=2, method_of=lambda name: name.removesuffix("-r4"))
+    follow = Follow("t", "tiny", rates=2, leading=2, method_of=lambda name: name.removesuffix("-r4"))
     after = complete(table_of(("a-r4", "b-r4", "c-r4"), follows=follow, seeds=1), bowl(1.0), before)
     assert [(row["method"], row["lr"]) for row in after.values()] == [
         (method, lr) for lr in (5e-4, 1e-3) for method in ("a-r4", "c-r4")
@@ -277,13 +311,23 @@ def test_intervals_are_those_of_the_textbook() -> None:
 
 
 def test_verdicts() -> None:
-    seeds = (30.0, 30.2, 29.8)
-    assert against_published(seeds, 30.5) == "agrees"
-    assert against_published(seeds, 34.0) == "ours is better"
-    assert against_published(seeds, 26.0) == "ours is worse"
-    assert against_published((30.0,), 30.0) == "one seed: no verdict"
-    assert against_published((30.0, None), 30.0) == "diverged"
-    assert against_published((), 30.0) == "no run"
+    seeds, exact = (30.0, 30.2, 29.8), math.inf
+    assert against_published(seeds, Claim(30.5, "", batches=exact)) == "agrees"
+    assert against_published(seeds, Claim(34.0, "", batches=exact)) == "ours is better"
+    assert against_published(seeds, Claim(26.0, "", batches=exact)) == "ours is worse"
+    assert against_published((30.0,), Claim(30.0, "")) == "one seed: no verdict"
+    assert against_published((30.0, None), Claim(30.0, "")) == "diverged"
+    assert against_published((), Claim(30.0, "")) == "no run"
+    # Printed by an evaluation that divides the loss of 102 batches by 103: perplexity 30.0 becomes 29.03.
+    sure = (30.0, 30.001, 29.999)
+    printed = 30.0 ** (102 / 103)
+    assert against_published(sure, Claim(printed, "", batches=102)) == "agrees"
+    assert against_published(sure, Claim(printed, "", batches=204)) == "ours is worse"
+    assert against_published(sure, Claim(30.0, "", batches=102)) == "ours is better"
+    for value in (printed, 29.5, 30.0):  # of an evaluation nobody knows, anything between counts
+        assert against_published(sure, Claim(value, "")) == "agrees"
+    assert against_published(sure, Claim(30.1, "")) == "ours is better"
+    assert against_published(sure, Claim(28.9, "")) == "ours is worse"
 
     better, worse = {0: 20.0, 1: 20.1, 2: 19.9}, {0: 22.0, 1: 22.1, 2: 21.9}
     assert of_order(better, worse, 0.0).startswith("holds")
@@ -335,9 +379,11 @@ def test_every_row_can_be_planned(
     for method in table.methods:
         config = table.run(size, method, 0).config
         line = shown(printed, method)
-        assert line[:3] == [size, method, f"{config.lr:g}"] and line[3] == f"{config.steps:,}"
+        rate = f"as in {table.follows.table}" if table.follows else f"{config.lr:g}"
+        assert line[:4] == [size, method, rate, f"{config.steps:,}"]
         assert float(line[11]) == pytest.approx(sum(map(float, line[6:11])), rel=0.01)  # three digits each
         assert float(line[12].replace(",", "")) > 0
+        assert line[13] == {"tiny": "18", "ranks": "6", "small": "6"}.get(name.rpartition("::")[2], "3")
 
 
 def test_hours_are_operations_over_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,7 +391,7 @@ def test_hours_are_operations_over_a_rate(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(outlook, "_rate", lambda *_: 1e12)
     run = galore.table2.run("60m", "adamw", 0)
     run = replace(run, config=replace(run.config, micro_batch_size=2))
-    (hours,) = outlook.plan_table([run]).columns[12].cells
+    (hours,) = outlook.plan_table(galore.table2, [run]).columns[12].cells
     linear = 58_073_600 - 32_000 * 512 - 17 * 512  # without the embedding and the norms
     tokens = 11_000 * 512 * 256
     assert float(str(hours).replace(",", "")) == pytest.approx(6 * linear * tokens / 1e12 / 3600, abs=5e-3)

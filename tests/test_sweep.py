@@ -244,8 +244,6 @@ def test_a_stopped_trial_goes_on_from_its_checkpoint(
 def test_a_trial_that_diverges_is_a_result(
     sweep: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate = pretraining.evaluate
-
     def train(config: Any, **others: Any) -> Any:
         if config.lr == 2e-3:
             monkeypatch.setattr(pretraining, "token_loss", lambda *args: token_loss(*args) * math.nan)
@@ -255,7 +253,6 @@ def test_a_trial_that_diverges_is_a_result(
 
     token_loss, pretrain = pretraining.token_loss, runner.pretrain
     monkeypatch.setattr(runner, "pretrain", train)
-    assert pretraining.evaluate is evaluate
     assert sweep("--space", "lr=1e-3,2e-3", trials=9) == 0
     printed = capsys.readouterr().out
     assert "diverged" in printed and "best: trial 0" in printed
@@ -371,9 +368,20 @@ def test_write_puts_the_best_value_and_why_where_presets_live(
     assert evidence["study"] == "study" and evidence["space"] == [grid[1]]
 
     kept = recipes.PRESETS.read_text()
+    assert sweep(*grid, trials=9) == 0 and recipes.PRESETS.read_text() == kept  # the study is still the same one
     assert sweep("--space", "lr=1e-5,3e-3", "--write", trials=9, out="edge") == 2
     assert "the best learning rate, 0.003, is the largest of those tried; nothing is" in capsys.readouterr().err
     assert recipes.PRESETS.read_text() == kept
+
+
+def test_a_study_stays_where_it_was_begun_when_its_preset_is_written(sweep: Run, tmp_path: Path) -> None:
+    """Without `--space`, the range is around the preset's rate: that of the day on which it was begun."""
+    assert sweep(trials=2) == 0
+    (own, _), name = rows(tmp_path / "study"), "adamw"
+    write_preset("quick", replace(presets("quick")[name], lr=7e-3), {"rows": "none"})
+    assert sweep(trials=3) == 0
+    study = Study(Search(name, tokens=3 * COST, out=tmp_path / "study"))
+    assert study.knobs == (Knob("lr", (own["lr"] / 8, own["lr"] * 8)),) and len(study.trials()) == 3
 
 
 def test_the_table_says_how_far_a_study_is(sweep: Run, suite: None) -> None:

@@ -34,6 +34,7 @@ from gossamer.bench import (
     write_page,
     write_report,
 )
+from gossamer.distributed import of_main
 from gossamer.errors import UserError, nearest
 from gossamer.evaluate import token_loss
 from gossamer.layers import PARAMETRIZATIONS, Parametrization, name_of
@@ -119,8 +120,12 @@ def run_bench(argv: list[str]) -> None:
         return
     options = _parse(Bench, "bench", argv)
     folder = bench(options)
-    Console().print(summary_table(folder))
-    print(write_report(folder))
+
+    def show() -> None:
+        Console().print(summary_table(folder))
+        print(write_report(folder))
+
+    of_main("auto", lambda _: show())
 
 
 def _console(width: int) -> Console:
@@ -130,9 +135,14 @@ def _console(width: int) -> Console:
 
 def run_sweep(argv: list[str]) -> None:
     options = _parse(Search, "sweep", argv)
-    table, lines = trials_table(search(options))
-    _console(140).print(table)
-    print(*lines, options.folder / "rows.jsonl", sep="\n")
+    study = search(options)
+
+    def show() -> None:
+        table, lines = trials_table(study)
+        _console(140).print(table)
+        print(*lines, options.folder / "rows.jsonl", sep="\n")
+
+    of_main(options.device, lambda _: show())
 
 
 def _run_bench_step(argv: list[str]) -> None:

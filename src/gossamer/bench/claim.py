@@ -25,6 +25,9 @@ class Claim:
     """Where it is printed."""
     caveats: str = ""
     """What a reader has to know who compares with it: not looked up, not tuned, another accounting."""
+    batches: float | None = None
+    """Of a perplexity: n of the evaluation, whose summed losses were divided by n + 1; infinite where they were divided
+    by n, None where nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,12 @@ class Follow:
     """Cells that begin where another table of the same file ended, at the learning rates that were best there."""
 
     table: str
+    size: str
+    """Of the other table's models."""
     rates: int
     """Best ones of each method."""
     leading: int | None = None
-    """Only so many methods, the best there; None: all."""
+    """Only so many methods, the best there with seed 0; None: all."""
     method_of: Callable[[str], str] = str
     """The other table's method whose rates a method takes."""
 
@@ -96,12 +101,15 @@ class Follow:
         Raises:
             UserError: the other table has no finished run of a method.
         """
-        found = {method: _by_rate(self.method_of(method), before) for method in methods}
-        if missing := [method for method, losses in found.items() if not losses]:
+        found = {method: _by_rate(self.size, self.method_of(method), before) for method in methods}
+        if missing := [method for method, rates in found.items() if not rates]:
             raise UserError(f"table: its rates are those of {self.table}, which has no finished run of {missing[0]}")
-        ranked = {method: _ranked(losses) for method, losses in found.items()}
+        ranked = {
+            method: _ranked({lr: fmean(map(_loss, rows)) for lr, rows in rates.items()})
+            for method, rates in found.items()
+        }
         if self.leading is not None:
-            methods = sorted(methods, key=lambda method: found[method][ranked[method][0]])[: self.leading]
+            methods = sorted(methods, key=lambda it: _loss(found[it][ranked[it][0]][0]))[: self.leading]
         return {method: ranked[method][: self.rates] for method in methods}
 
 
@@ -172,6 +180,11 @@ class Table:
             for seed in range(1, seeds):
                 yield self.run(size, method, seed).at(following)
 
+    def most_runs(self, seeds: int) -> int:
+        """Of a cell: if all rates are tried, with all seeds."""
+        rates = max(len(self.sweep.factors), self.sweep.most) if self.follows is None else self.follows.rates
+        return rates * seeds
+
     def _next_rate(self, losses: Mapping[float, float]) -> float | None:
         if len(losses) >= self.sweep.most:
             return None
@@ -200,24 +213,19 @@ class Cell:
 
 def cell(size: str, method: str, finished: Finished) -> Cell:
     """What is there of a cell, at the rate that comes first by `settled_first`."""
-    rates: dict[float, list[dict[str, Any]]] = {}
-    for row in finished.values():
-        if (row["size"], row["method"]) == (size, method):
-            rates.setdefault(row["lr"], []).append(row)
+    rates = _by_rate(size, method, finished)
     if not rates:
         return Cell((), 0)
-
-    def place(lr: float) -> tuple[bool, int, float, float]:
-        perplexities = [math.inf if row["perplexity"] is None else row["perplexity"] for row in rates[lr]]
-        return *settled_first(fmean(perplexities), len(perplexities)), lr
-
-    own = rates[min(rates, key=place)]
-    return Cell(tuple(sorted(own, key=lambda row: row["seed"])), len(rates))
+    best = min(rates, key=lambda lr: (*settled_first(list(map(_loss, rates[lr]))), lr))
+    return Cell(tuple(rates[best]), len(rates))
 
 
-def settled_first(badness: float, seeds: int) -> tuple[bool, int, float]:
-    """A sort key of settings, the best first: diverged ones last, then by the most seeds, then by the mean."""
-    return math.isinf(badness), -seeds, badness
+def settled_first(losses: Sequence[float]) -> tuple[bool, int, float]:
+    """A sort key of settings by their runs' losses, infinite where a run diverged, the best first.
+
+    Diverged settings come last; then those with the most seeds are first, and of these the lowest mean.
+    """
+    return math.inf in losses, -len(losses), fmean(losses)
 
 
 def _ranked(losses: Mapping[float, float]) -> list[float]:
@@ -231,10 +239,13 @@ def _losses(run: Run, rates: Sequence[float], finished: Finished) -> dict[float,
     return {} if None in rows else {lr: _loss(row) for lr, row in zip(rates, rows, strict=True) if row}
 
 
-def _by_rate(method: str, finished: Finished, size: str | None = None) -> dict[float, float]:
-    """At each rate that there is with seed 0, of a size or of the only one."""
-    rows = [row for row in finished.values() if row["method"] == method and row["seed"] == 0]
-    return {row["lr"]: _loss(row) for row in rows if size in (None, row["size"])}
+def _by_rate(size: str, method: str, finished: Finished) -> dict[float, list[dict[str, Any]]]:
+    """The rows of a cell at each rate, by seed."""
+    rates: dict[float, list[dict[str, Any]]] = {}
+    for row in sorted(finished.values(), key=lambda row: row["seed"]):
+        if (row["size"], row["method"]) == (size, method):
+            rates.setdefault(row["lr"], []).append(row)
+    return rates
 
 
 def _loss(row: dict[str, Any]) -> float:

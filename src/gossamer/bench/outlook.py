@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from rich.table import Table as Grid
 
-from gossamer.bench.claim import Run
+from gossamer.bench.claim import Run, Table
 from gossamer.evaluate import token_loss
 from gossamer.layers import Parametrization
 from gossamer.memory import activations, meta_model, operations, predict
@@ -18,15 +18,15 @@ SIDE, SECONDS = 1024, 1.0
 """Of the matrices by which this device's rate is measured, and for how long."""
 
 
-def plan_table(runs: Iterable[Run]) -> Grid:
-    """A line for each run; `rows` are those of a forward pass.
+def plan_table(table: Table, runs: Iterable[Run], seeds: int | None = None) -> Grid:
+    """A line for one run of each cell, and how many the cell may take; `rows` are those of a forward pass.
 
     Bytes are those of one process that holds the whole model and steps by the reference. Hours are at least: all matrix
     products of forward and backward passes, at the rate of one product here.
     """
-    grid = Grid(title="GiB of one process; hours on one device like this, at the least")
+    grid = Grid(title="GiB of one process; hours of one run on one device like this, at the least")
     for column in ("size", "method", "rate", "steps", "tokens", "rows", "weights", "gradients", "state", "step",
-                   "activations", "total", "hours"):  # fmt: skip
+                   "activations", "total", "hours", "runs, at most"):  # fmt: skip
         grid.add_column(column, justify="left" if column in ("size", "method") else "right", no_wrap=True)
     grid.add_column("not the paper's")
     for run in runs:
@@ -41,9 +41,10 @@ def plan_table(runs: Iterable[Run]) -> Grid:
         passes = config.steps * config.batch_size / rows
         hours = passes * _operations(config.model, config.layers, rows, config.data.seq_len) / 3600
         gib = [f"{size / 2**30:,.3g}" for size in (*sizes, sum(sizes))]
+        lr = f"as in {table.follows.table}" if table.follows else f"{config.lr:g}"
         grid.add_row(
-            run.size, run.method, f"{config.lr:g}", f"{config.steps:,}", f"{slots / 1e6:,.1f} M", str(rows), *gib,
-            f"{hours / _rate(config.device, dtype):,.3f}", run.caveats,
+            run.size, run.method, lr, f"{config.steps:,}", f"{slots / 1e6:,.1f} M", str(rows), *gib,
+            f"{hours / _rate(config.device, dtype):,.3f}", str(table.most_runs(seeds or table.seeds)), run.caveats,
         )  # fmt: skip
     return grid
 

@@ -7,7 +7,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from gossamer.evaluate import token_loss
 from gossamer.memory import activations, meter, predict
 from gossamer.train import Pretrain
 from gossamer.train.build import build, build_optimizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,19 @@ def probe(config: Pretrain[Any, Any, Any], device: torch.device, *, rounds: int)
 
     The reference is `torch.optim.AdamW` at its defaults on the dense model. Times are medians. Peaks are of everything
     that the model and its training brought, on a CPU in resident pages, None where the system does not count them.
+    What does not fit on the device is left out, as both models at a time may not: the run is worth more than its times.
     """
     micro = config.micro_batch_size or config.batch_size
-    times = _times(config, device, micro, rounds)
-    return {**times, "memory": {"predicted": _predicted(config, micro), "peak": _peaks(config, device, micro)}}
+    times = _if_it_fits(lambda: _times(config, device, micro, rounds)) or {}
+    peak = _if_it_fits(lambda: _peaks(config, device, micro))
+    return {**times, "memory": {"predicted": _predicted(config, micro), "peak": peak}}
+
+
+def _if_it_fits(measure: Callable[[], T]) -> T | None:
+    try:
+        return measure()
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _times(config: Pretrain[Any, Any, Any], device: torch.device, micro: int, rounds: int) -> dict[str, Any]:
@@ -114,11 +125,6 @@ def _peaks(config: Pretrain[Any, Any, Any], device: torch.device, micro: int) ->
     memory.settle()
     gc.freeze()  # what is there already need not be looked through again before each phase
     before = memory.now()
-    trained = _ours(config, device, micro)
-    for _ in range(WARM_UP):
-        trained.passes()
-        trained.step()
-        trained.clear()
 
     def peak_of(phase: str, work: Callable[[], Any]) -> Any:
         memory.settle()
@@ -127,8 +133,15 @@ def _peaks(config: Pretrain[Any, Any, Any], device: torch.device, micro: int) ->
         found[phase] = memory.peak() - before
         return result
 
-    loss = peak_of("forward", trained.forward)
-    peak_of("backward", loss.backward)
-    peak_of("step", trained.step)
-    gc.unfreeze()
+    try:
+        trained = _ours(config, device, micro)
+        for _ in range(WARM_UP):
+            trained.passes()
+            trained.step()
+            trained.clear()
+        loss = peak_of("forward", trained.forward)
+        peak_of("backward", loss.backward)
+        peak_of("step", trained.step)
+    finally:
+        gc.unfreeze()
     return found

@@ -304,7 +304,7 @@ def _method(setting: str, name: str, runs: list[Run]) -> Method:
     finished = [run for run in runs if run.finished]
     tried = dict.fromkeys(run.rate for run in finished)
     rates = [Rate(rate, tuple(run for run in finished if run.rate == rate)) for rate in tried]
-    rates.sort(key=lambda rate: settled_first(_badness(rate), len(rate.runs)))
+    rates.sort(key=lambda rate: settled_first(list(map(_badness, rate.runs))))
     return Method(name, tuple(runs), tuple(rates), setting)
 
 
@@ -314,16 +314,16 @@ def baseline(methods: list[Method], setting: str = "") -> Rate | None:
     return next(found, None)
 
 
-def _badness(rate: Rate) -> float:
-    """A perplexity, or a score turned round; infinite where a run diverged."""
-    if rate.score is not None:
-        return -rate.score
-    return math.inf if rate.perplexity is None else rate.perplexity
+def _badness(run: Run) -> float:
+    """A log perplexity, or a score turned round; infinite where the run diverged."""
+    if run.score is not None:
+        return -run.score
+    return math.inf if run.perplexity is None else math.log(run.perplexity)
 
 
 def _rank(rate: Rate | None) -> tuple[bool, float]:
     """A diverged rate comes after every finite one, and no finished run at all comes last."""
-    return (True, math.inf) if rate is None else (False, _badness(rate))
+    return (True, math.inf) if rate is None else (False, fmean(map(_badness, rate.runs)))
 
 
 def _run(label: str, log: _Log | None, row: dict[str, Any] | None = None) -> Run:
@@ -363,7 +363,7 @@ def _as_written(label: str, log: _Log, row: dict[str, Any] | None) -> Run:
         rate=_number((row or {}).get("lr")) or rate,
         finished=bool(outcome),
         last_step=int(outcome.get("step") or outcome.get("steps") or log.last_step),
-        perplexity=_number(outcome.get("perplexity")),
+        perplexity=_perplexity(outcome.get("perplexity")),
         legacy_perplexity=_number(outcome.get("legacy_perplexity")),
         score=_number(outcome.get("score")),
         eval_tokens=_number(outcome.get("eval_tokens")),
@@ -460,6 +460,13 @@ def _by_quantity(looks: list[tuple[int, str, str, float | None]]) -> dict[str, d
 
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _perplexity(value: object) -> float | None:
+    number = _number(value)
+    if number is not None and number < 1:
+        raise ValueError(f"a perplexity of {number:g}")
+    return number
 
 
 def leaves(value: object, prefix: str = "") -> Iterator[tuple[str, Any]]:

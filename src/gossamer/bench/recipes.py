@@ -7,8 +7,11 @@ no suite.
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -64,11 +67,23 @@ def write_preset(suite: str, recipe: Recipe, evidence: Mapping[str, Any]) -> Non
         "restarts": None if recipe.restarts is None else _set(recipe.restarts),
         "evidence": evidence,
     }
-    kept = [old for _, old in jsonl.read(PRESETS) if (old["suite"], old["name"]) != (suite, recipe.name)]
-    lines = sorted([*kept, line], key=lambda it: (it["suite"], it["name"]))
-    draft = PRESETS.with_suffix(".tmp")
-    draft.write_text("".join(json.dumps(it) + "\n" for it in lines))
-    draft.replace(PRESETS)
+    with _alone(PRESETS.parent):
+        kept = [old for _, old in jsonl.read(PRESETS) if (old["suite"], old["name"]) != (suite, recipe.name)]
+        lines = sorted([*kept, line], key=lambda it: (it["suite"], it["name"]))
+        draft = PRESETS.with_suffix(".tmp")
+        draft.write_text("".join(json.dumps(it) + "\n" for it in lines))
+        draft.replace(PRESETS)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No two processes at the same time."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def _set(part: Any) -> dict[str, Any]:

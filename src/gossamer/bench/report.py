@@ -23,6 +23,7 @@ from gossamer.bench.reading import (
     BASELINE,
     Method,
     Published,
+    Rate,
     Run,
     as_facts,
     baseline,
@@ -286,9 +287,9 @@ def _costs(methods: list[Method], styles: dict[str, Style], link: Link) -> Itera
         return
     yield "<h2>Time and memory, measured in the run</h2>"
     yield (
-        '<p class="note">An optimizer step, in milliseconds and as a part of a training step; tokens per second over '
-        "those of torch.optim.AdamW on the same model in the same run; memory as predicted and, at the peak "
-        "of each phase, as measured, in MiB.</p>"
+        '<p class="note">An optimizer step, in milliseconds and as a part of a training step; training steps a second '
+        "over those of torch.optim.AdamW on the dense model, timed in turn; memory as predicted and, at the peak of "
+        "each phase, as measured, in MiB.</p>"
     )
     head = ["Method", "Step, ms", "Part of a step", "Speed ÷ AdamW"]
     head += [*(f"predicted {part}" for part in PREDICTED), *(f"peak {phase}" for phase in PEAKS)]
@@ -296,16 +297,21 @@ def _costs(methods: list[Method], styles: dict[str, Style], link: Link) -> Itera
     for method in measured:
         assert method.best
         best = method.best
-        time, share, speed, reference = map(
-            best.mean, ("step_time", "step_share", "tokens_per_second", "reference.tokens_per_second")
-        )
+        time, share = best.mean("step_time"), best.mean("step_share")
+        whole, reference = _training_step(best), _training_step(best, "reference.")
         texts = [MISSING if time is None else f"{1e3 * time:,.2f}", MISSING if share is None else f"{share:.3f}"]
-        texts += [words.ratio(speed / reference) if speed and reference else MISSING]
+        texts += [words.ratio(reference / whole) if whole and reference else MISSING]
         names = [*(f"memory.predicted.{part}" for part in PREDICTED), *(f"memory.peak.{phase}" for phase in PEAKS)]
         texts += [MISSING if (size := best.mean(name)) is None else words.mib(size) for name in names]
         head = f"{_named(method, styles, link)}{escape(method.title.removeprefix(method.name))}"
         yield f"<tr{shown_for(facets_of(method.runs))}><th>{head}</th>{table_row('td', texts)}</tr>"
     yield "</tbody></table></div>"
+
+
+def _training_step(rate: Rate, of: str = "") -> float | None:
+    """Seconds."""
+    time, share = rate.mean(f"{of}step_time"), rate.mean(f"{of}step_share")
+    return time / share if time and share else None
 
 
 def _published(published: Sequence[Published]) -> Iterator[str]:

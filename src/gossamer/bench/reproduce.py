@@ -15,9 +15,11 @@ from rich.text import Text
 from gossamer.bench.claim import Finished, Run, Table
 from gossamer.bench.outlook import plan_table
 from gossamer.bench.reading import write_published
-from gossamer.bench.runner import Rows, of_main, work
+from gossamer.bench.runner import Rows, work
 from gossamer.bench.verdict import show
+from gossamer.distributed import of_main
 from gossamer.errors import UserError, first_line, nearest
+from gossamer.train.config import same_run
 
 ROUNDS = 5
 """Of timed steps a run."""
@@ -54,7 +56,7 @@ class Reproduce:
     train: bool = True
     """Train what is missing; off: print what is there."""
     dry_run: bool = False
-    """Print tokens, steps, memory and an estimated time of each cell, and train nothing."""
+    """Print tokens, steps, memory and an estimated time of a run of each cell, and train nothing."""
     list: bool = False
     """Name every table of the file or folder with its sizes and methods, and do nothing else."""
 
@@ -75,12 +77,12 @@ def reproduce(options: Reproduce, console: Console) -> None:
     path, name = _parts(options.table)
     chosen = _Chosen(path, name, options)
     if options.dry_run:
-        console.print(plan_table(chosen.first_runs()))
+        console.print(plan_table(chosen.table, chosen.first_runs(), options.seeds))
         return
     if options.train:
         work(chosen.wanted, chosen.rows, device=options.device, rounds=ROUNDS, keep=False)
         of_main(options.device, lambda _: write_published(chosen.table, chosen.rows.path.with_name("claims.json")))
-    of_main(options.device, lambda _: show(chosen.table, chosen.sizes, chosen.methods, chosen.rows.read(), console))
+    of_main(options.device, lambda _: show(chosen.table, chosen.sizes, chosen.methods, chosen.finished, console))
 
 
 class _Chosen:
@@ -94,27 +96,59 @@ class _Chosen:
         self.rows = Rows(out / "rows.jsonl", options.runs or Path("runs") / f"{path.stem}_{name}")
         self.before: Finished = {}
         if (follows := self.table.follows) is not None:
-            self.before = Rows(out.parent / f"{path.stem}_{follows.table}" / "rows.jsonl", self.rows.runs).read()
+            followed = load_table(path, follows.table)
+            before = Rows(out.parent / f"{path.stem}_{follows.table}" / "rows.jsonl", self.rows.runs).read()
+            self.before = self._made_so(followed, before)
+
+    @property
+    def finished(self) -> Finished:
+        """What is there of the table as it is now."""
+        return self._made_so(self.table, self.rows.read())
 
     def wanted(self, finished: Finished) -> list[Run]:
-        seeds = self.options.seeds or self.table.seeds
+        seeds, finished = self.options.seeds or self.table.seeds, self._made_so(self.table, finished)
         return [self._trained(run) for run in self.table.wanted(self.sizes, self.methods, seeds, finished, self.before)]
+
+    def _made_so(self, table: Table, rows: Finished) -> Finished:
+        """Those of a table's rows that its runs would make today: no other text's, no other recipe's.
+
+        Where neither the table nor the options name a text, it is that of the newest row.
+        """
+        newest: dict[str, Any] = list(rows.values())[-1]["config"]["data"] if rows else {}
+        kept: dict[str, dict[str, Any]] = {}
+        for label, row in rows.items():
+            if row["size"] in table.sizes and row["method"] in table.methods:
+                config = self._on_text(table.run(row["size"], row["method"], row["seed"]).at(row["lr"])).config
+                if not config.data.data:
+                    text = replace(config.data, data=newest["data"], tokenizer=newest["tokenizer"])
+                    config = replace(config, data=text)
+                if same_run(row["config"], config):
+                    kept[label] = row
+        return kept
 
     def first_runs(self) -> list[Run]:
         """One of each cell."""
-        return [self._in_portions(self.table.run(size, method, 0)) for size in self.sizes for method in self.methods]
+        return [self._here(self.table.run(size, method, 0)) for size in self.sizes for method in self.methods]
 
     def _trained(self, run: Run) -> Run:
-        """The run on the text that the options name."""
-        data: Any = {key: value for key in ("data", "tokenizer") if (value := getattr(self.options, key)) is not None}
-        text = replace(run.config.data, **data)
-        if not text.data:
-            raise UserError(f"data: table {run.table!r} has no text of its own; name files by --data")
-        return self._in_portions(replace(run, config=replace(run.config, data=text)))
+        """The run on a text, on this device.
 
-    def _in_portions(self, run: Run) -> Run:
+        Raises:
+            UserError: there is no text.
+        """
+        run = self._on_text(run)
+        if not run.config.data.data:
+            raise UserError(f"data: table {run.table!r} has no text of its own; name files by --data")
+        return self._here(run)
+
+    def _on_text(self, run: Run) -> Run:
+        """The run on the text that the options name, if they do."""
+        data: Any = {key: value for key in ("data", "tokenizer") if (value := getattr(self.options, key)) is not None}
+        return replace(run, config=replace(run.config, data=replace(run.config.data, **data)))
+
+    def _here(self, run: Run) -> Run:
         micro = self.options.micro_batch_size or run.config.micro_batch_size
-        return replace(run, config=replace(run.config, micro_batch_size=micro))
+        return replace(run, config=replace(run.config, micro_batch_size=micro, device=self.options.device))
 
 
 def _list(text: str, console: Console) -> None:

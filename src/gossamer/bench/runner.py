@@ -13,24 +13,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from gossamer.bench.claim import Finished, Run
 from gossamer.bench.probe import probe
 from gossamer.bench.suite import Bench
-from gossamer.distributed import World, start, stop
+from gossamer.distributed import World, of_main
 from gossamer.errors import Diverged, Pruned
 from gossamer.evaluate import Score
 from gossamer.restarts import in_words
 from gossamer.train import Pretrain, jsonl, pretrain
-from gossamer.train.config import differences
-
-T = TypeVar("T")
+from gossamer.train.config import same_run
 
 POINTS = 100
 """Of a curve of training losses in a row, at most."""
-PLACE = ("out", "resume", "device", "micro_batch_size")
-"""Options that say where a run is made and in what portions, and nothing of what it finds."""
 PATIENCE = 2.0
 """Seconds between two looks at what other processes have finished."""
 
@@ -59,27 +55,30 @@ class Rows:
             jsonl.mend(self.path)
             file.write(json.dumps(row) + "\n")
 
-    def take(self, wanted: Wanted) -> Run | None:
-        """The first run that is wanted, not there and held by nobody; it is held from now on. None: all are there.
+    def take(self, wanted: Wanted) -> tuple[Run | None, bool]:
+        """The first run that is wanted, not there and held by nobody, held from now on; and whether any is missing.
 
-        Waits while others make the last ones: what they find may ask for more.
+        One may be missing and none be free: others make the last ones, and what they find may ask for more.
         """
-        while True:
-            finished, missing = self.read(), False
-            for run in wanted(finished):
-                if _is_there(run, finished):
-                    continue
-                missing = True
-                if self._hold(run):
-                    finished = self.read()
-                    if not _is_there(run, finished):  # may have been finished since
-                        if run.label in finished:  # made under another configuration, which cannot be continued
-                            shutil.rmtree(self.runs / run.folder, ignore_errors=True)
-                        return run
-                    self.release(run)
-            if not missing:
-                return None
-            time.sleep(PATIENCE)
+        finished, missing = self.read(), False
+        for run in wanted(finished):
+            if _is_there(run, finished):
+                continue
+            missing = True
+            if self._hold(run):
+                if not _is_there(run, self.read()):  # may have been finished since
+                    self._clear(run)
+                    return run, True
+                self.release(run)
+        return None, missing
+
+    def _clear(self, run: Run) -> None:
+        """Away with what another configuration left in its folder, since that cannot be continued."""
+        folder = self.runs / run.folder
+        log = folder / "log.jsonl"
+        _, begun = next(jsonl.read(log), (0, {})) if log.exists() else (0, {})
+        if not same_run(begun.get("config", {}), run.config):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def release(self, run: Run) -> None:
         file = self._held.pop(run.label)
@@ -118,7 +117,13 @@ def work(wanted: Wanted, rows: Rows, *, device: str, rounds: int, keep: bool, wa
         rounds: of timed steps. keep: checkpoints of finished runs.
     """
     rows.path.parent.mkdir(parents=True, exist_ok=True)
-    while (run := of_main(device, lambda _: rows.take(wanted))) is not None:
+    while True:
+        run, missing = of_main(device, lambda _: rows.take(wanted))
+        if not missing:
+            return
+        if run is None:
+            time.sleep(PATIENCE)
+            continue
         config = replace(run.config, out=rows.runs / run.folder, resume=True, device=device)
         try:
             pretrain(config, label=run.label, watch=watch and partial(watch, run))
@@ -128,15 +133,6 @@ def work(wanted: Wanted, rows: Rows, *, device: str, rounds: int, keep: bool, wa
             of_main(device, partial(_finish, rows, run, config, rounds, keep, str(error)))
         else:
             of_main(device, partial(_finish, rows, run, config, rounds, keep, None))
-
-
-def of_main(device: str, do: Callable[[World], T]) -> T:
-    """What `do` returns on the main process, for all of them."""
-    try:
-        world = start(device)
-        return world.from_main(lambda: do(world))
-    finally:
-        stop()
 
 
 def _finish(
@@ -160,12 +156,7 @@ def _drop(rows: Rows, run: Run, config: Pretrain[Any, Any, Any], world: World) -
 
 
 def _is_there(run: Run, finished: Finished) -> bool:
-    return run.label in finished and _same(finished[run.label]["config"], run.config)
-
-
-def _same(saved: dict[str, Any], config: Pretrain[Any, Any, Any]) -> bool:
-    """Whether a run was made under this configuration, wherever it was made."""
-    return all(key in PLACE for key, _, _ in differences(saved, config))
+    return run.label in finished and same_run(finished[run.label]["config"], run.config)
 
 
 def _row(

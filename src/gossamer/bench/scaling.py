@@ -36,6 +36,7 @@ from gossamer.bench.verdict import student
 from gossamer.errors import UserError
 from gossamer.layers import PARAMETRIZATIONS, FactoredLinear, SLTrainLinear
 from gossamer.memory import meta_model
+from gossamer.train.config import PLACE
 
 Array = NDArray[np.float64]
 
@@ -146,15 +147,14 @@ def points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
             continue
         tokens = config["steps"] * config["batch_size"] * config["data"]["seq_len"]
         same = json.dumps(config["data"], sort_keys=True), row["method"], config["model"], parameters, tokens
-        setting = json.dumps({**config, "seed": None, "out": None}, sort_keys=True)
+        setting = json.dumps({**config, **dict.fromkeys((*PLACE, "seed"))}, sort_keys=True)
         perplexity = row["perplexity"] if isinstance(row["perplexity"], int | float) else math.nan
         loss = math.log(perplexity) if math.isfinite(perplexity) else math.inf
         runs.setdefault(same, {}).setdefault(setting, []).append(loss)
     found: dict[str, list[Point]] = {}
     for (data, method, size, parameters, tokens), settings in sorted(runs.items()):
-        means = {setting: fmean(losses) for setting, losses in settings.items()}
-        best = min(means, key=lambda it: settled_first(means[it], len(settings[it])))
-        if math.isfinite(loss := means[best]):
+        best = min(settings, key=lambda it: settled_first(settings[it]))
+        if math.isfinite(loss := fmean(settings[best])):
             rates = [float(json.loads(setting)["lr"]) for setting in (best, *settings)]
             point = Point(method, size, parameters, tokens, loss, rates[0], tuple(sorted(set(rates))))
             found.setdefault(data, []).append(point)

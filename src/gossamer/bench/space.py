@@ -25,6 +25,11 @@ class Knob:
     bounds: tuple[float, float] | None
     choices: tuple[Any, ...] = ()
 
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """Every choice, or both bounds."""
+        return self.choices if self.bounds is None else self.bounds
+
     def distribution(self) -> optuna.distributions.BaseDistribution:
         """For optuna. Choices go by their JSON, since a database has no lists."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution

@@ -132,10 +132,14 @@ class Study:
             steps=options.steps or suite.steps,
             evals=options.evals or suite.evals,
         )
-        self.recipe, lr = _recipe(options)
-        self.knobs = parse(options.space, self.recipe, lr)
+        self.rows = Rows(options.folder / "rows.jsonl", options.folder)
+        self.recipe, self._around = _recipe(options)
+        if (options.folder / "study.db").exists():  # begun around a preset that may have been written since
+            with self.rows.alone():
+                self._around = self._load().user_attrs.get("around", self._around)
+        self.knobs = parse(options.space, self.recipe, self._around)
         for knob in self.knobs:
-            for value in knob.choices or knob.bounds or ():
+            for value in knob.values:
                 if value:  # a bound of 0 is never drawn
                     self.config({knob.name: value})
         self.cost = self.suite.steps * self.suite.batch_size * self.suite.data.seq_len
@@ -143,11 +147,10 @@ class Study:
             raise UserError(f"tokens: {options.tokens:,.0f} do not hold one trial of {self.cost:,}")
         self.grid = all(knob.bounds is None for knob in self.knobs)
         options.folder.mkdir(parents=True, exist_ok=True)
-        self.rows = Rows(options.folder / "rows.jsonl", options.folder)
         with self.rows.alone():
             self._study = self._open()
 
-    def _open(self) -> optuna.Study:
+    def _load(self) -> optuna.Study:
         import optuna
         from sqlalchemy import URL
 
@@ -158,16 +161,22 @@ class Study:
         storage = optuna.storages.RDBStorage(
             database.render_as_string(), engine_kwargs={"connect_args": {"timeout": 60}}
         )
-        study = optuna.create_study(storage=storage, study_name="sweep", pruner=pruner, load_if_exists=True)
-        config, space = self.config({}), [[knob.name, knob.bounds, knob.choices] for knob in self.knobs]
+        return optuna.create_study(storage=storage, study_name="sweep", pruner=pruner, load_if_exists=True)
+
+    def _open(self) -> optuna.Study:
+        study, options = self._load(), self.options
+        # what is varied has any value, the same whatever the preset's is
+        config = self.config({knob.name: knob.values[-1] for knob in self.knobs})
+        space = [[knob.name, knob.bounds, knob.choices] for knob in self.knobs]
         rest = json.loads(json.dumps({"prune": options.prune, "space": space}))
         before = study.user_attrs.get("what")
         if before is None:
             self._begin(study)
+            study.set_user_attr("around", self._around)
             study.set_user_attr("what", {"config": config.to_json(), **rest})
             return study
         changed = [(key, before[key], value) for key, value in rest.items() if before[key] != value]
-        for key, old, new in [*differences(before["config"], config), *changed]:
+        for key, old, new in [*changed, *differences(before["config"], config)]:
             raise UserError(
                 f"out: {options.folder} holds a study with {key} {json.dumps(old)}, not {json.dumps(new)}; use another "
                 "--out"

@@ -15,9 +15,10 @@ from gossamer.bench import words
 from gossamer.bench.plots import Figure, Style, axis, figure_of, styles_of, text_of
 from gossamer.bench.reading import Method
 from gossamer.bench.recipes import write_preset
-from gossamer.bench.runner import of_main, work
+from gossamer.bench.runner import work
 from gossamer.bench.space import Knob, place
 from gossamer.bench.study import Search, Study, Trial
+from gossamer.distributed import of_main
 from gossamer.errors import UserError
 
 ROUNDS = 5

@@ -1,5 +1,5 @@
 """Processes: the only room that mentions a rank."""
 
-from gossamer.distributed.process import World, local, put_, start, stop, whole
+from gossamer.distributed.process import World, local, of_main, put_, start, stop, whole
 
-__all__ = ["World", "local", "put_", "start", "stop", "whole"]
+__all__ = ["World", "local", "of_main", "put_", "start", "stop", "whole"]

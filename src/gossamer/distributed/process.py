@@ -224,6 +224,15 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def of_main(device: str, do: Callable[[World], T]) -> T:
+    """What `do` returns on the main process, which alone calls it, for all of them; they meet for it and part again."""
+    try:
+        world = start(device)
+        return world.from_main(lambda: do(world))
+    finally:
+        stop()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; any other as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -22,9 +22,11 @@ M = TypeVar("M", bound=Method)
 L = TypeVar("L", bound=Parametrization | None)
 R = TypeVar("R", bound=Restarts | None)
 
-MAY_CHANGE_ON_RESUME = {"out", "resume", "checkpointing", "compile", "eval_every", "eval_tokens", "save_every",
-                        "keep_last", "trackers", "diagnose", "diagnose_every", "parallel", "timeout", "async_save",
-                        "on_nonfinite", "release_gradients"}  # fmt: skip
+PLACE = {"out", "resume", "device", "micro_batch_size"}
+"""Options that say where a run is made and in what portions: of what it finds, they change the rounding alone."""
+MAY_CHANGE_ON_RESUME = PLACE | {"checkpointing", "compile", "eval_every", "eval_tokens", "save_every", "keep_last",
+                                "trackers", "diagnose", "diagnose_every", "parallel", "timeout", "async_save",
+                                "on_nonfinite", "release_gradients"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,11 @@ def check_resumable(saved: dict[str, Any], config: Training[Any, Any]) -> None:
     for key, old, value in differences(saved, config):
         if key.split(".")[0] not in MAY_CHANGE_ON_RESUME:
             raise UserError(f"resume: {key} was {old!r} in the checkpoint and is {value!r} now; use another --out")
+
+
+def same_run(saved: dict[str, Any], config: Training[Any, Any]) -> bool:
+    """Whether a run was made under this configuration, wherever it was made."""
+    return all(key in PLACE for key, _, _ in differences(saved, config))
 
 
 def differences(saved: dict[str, Any], config: Training[Any, Any]) -> Iterator[tuple[str, Any, Any]]:
