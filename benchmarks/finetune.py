@@ -14,7 +14,6 @@ Processes may share the work if their tasks differ.
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import shutil
 from collections.abc import Iterator, Mapping
@@ -33,6 +32,7 @@ from plotly.subplots import make_subplots
 import gossamer
 from gossamer.bench import plots
 from gossamer.bench.reading import Rate, load
+from gossamer.bench.runner import Rows
 from gossamer.data import TaskConfig
 from gossamer.data.glue import glue_task, read_glue
 from gossamer.errors import UserError
@@ -41,6 +41,7 @@ from gossamer.layers import Adapter
 from gossamer.memory import predict
 from gossamer.models import load_model, locate
 from gossamer.train import Finetune, finetune, jsonl
+from gossamer.train.config import PLACE, differences
 
 GENERATED = "words"
 METHODS: dict[str, tuple[Any, Adapter]] = {
@@ -163,11 +164,12 @@ def best_rate(rows: list[dict[str, Any]], same: dict[str, Any]) -> float:
 def main(options: Options) -> None:
     path = options.out / "rows.jsonl"
     options.out.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        jsonl.mend(path)
     done = [row for _, row in jsonl.read(path)] if path.exists() else []
     for key, config in runs(options, done):
-        if any(key.items() <= row.items() for row in done):
+        if (row := next((row for row in done if key.items() <= row.items()), None)) is not None:
+            for option, old, new in differences(row["config"], config):
+                if option not in (*PLACE, "steps", "epochs"):  # these the key has
+                    raise UserError(f"out: {path} has runs with {option} {old}, not {new}; name another --out")
             continue
         result = finetune(config, quiet=True)
         _, start = next(jsonl.read(config.out / "log.jsonl"))
@@ -179,8 +181,7 @@ def main(options: Options) -> None:
             "seconds": result.seconds,
             **{name: start[name] for name in ("config", "data", "versions", "hardware", "commit", "time")},
         }
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        Rows(path, options.runs).append(row)
         done.append(row)
         shutil.rmtree(config.out)
         print(*key.values(), f"{100 * result.score.score:.1f} %", f"{result.seconds:.0f} s", flush=True)

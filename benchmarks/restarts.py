@@ -12,7 +12,6 @@ v), so that any reset un-sticks it.
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ import plotly.graph_objects as go
 import tyro
 
 from gossamer import AdamW, Restarts
+from gossamer.bench.runner import Rows
 from gossamer.data import DataConfig
 from gossamer.layers import LowRank, Parametrization, SLTrain
 from gossamer.train import Pretrain, jsonl, pretrain
@@ -116,8 +116,7 @@ def main(options: Options) -> None:
             "seconds": result.seconds,
             **{name: start[name] for name in ("config", "versions", "hardware", "commit", "time")},
         }
-        with rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        Rows(rows, options.runs).append(row)
         shutil.rmtree(config.out)
         print(*key.values(), f"{result.score.perplexity:.2f}", f"{result.seconds:.0f} s", flush=True)
     if not options.ablate:
