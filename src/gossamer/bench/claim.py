@@ -182,8 +182,8 @@ class Table:
 
     def most_runs(self, seeds: int) -> int:
         """Of a cell: if all rates are tried, with all seeds."""
-        rates = max(len(self.sweep.factors), self.sweep.most) if self.follows is None else self.follows.rates
-        return rates * seeds
+        rates = len(self.sweep.factors) if self.follows is None else self.follows.rates
+        return max(rates, self.sweep.most) * seeds
 
     def _next_rate(self, losses: Mapping[float, float]) -> float | None:
         if len(losses) >= self.sweep.most:
