@@ -165,6 +165,13 @@ def test_stream_is_read_only_as_far_as_needed(tmp_path: Path, monkeypatch: pytes
         assert corpus.train.num_rows * 20 >= 980  # no row is seen twice
         assert corpus.description["train"]["documents"] == (10 if packing else 50)
     assert open_corpus(DataConfig(data=f"hf:{folder}", seq_len=20)).train.num_tokens == 50 * 101
+    # of validation as well, a document counts for what its row predicts
+    write_jsonl(folder / "validation.jsonl", [f"v{i} " + "x" * 97 for i in range(30)])
+    monkeypatch.setattr(data, "STREAMED_VALIDATION_TOKENS", 400)
+    for packing, documents in ((True, 4), (False, 20)):
+        corpus = open_corpus(DataConfig(data=f"hf:{folder}", seq_len=20, packing=packing))
+        assert corpus.description["valid"]["documents"] == documents
+        assert corpus.valid.rows_of(400) == 20
 
 
 def test_budget_takes_whole_documents_and_counts_what_a_row_can_use():
@@ -304,6 +311,8 @@ def test_unpacked_rows_are_documents_truncated_and_padded():
         [*range(a + 1, a + 9)],
         [*range(a + 1, a + 9)],
     ]
+    # they predict 2, 7, 8, 8 and 8 tokens: padding is none, and what is cut off is none
+    assert [rows.rows_of(tokens) for tokens in (1, 2, 3, 9, 10, 33, 34, 10**9)] == [1, 1, 2, 2, 3, 5, 5, 5]
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -585,6 +594,13 @@ def test_huggingface_folder(tmp_path: Path):
     tokenizer = open_tokenizer(str(tmp_path / "folder"), 0, Documents([]))
     assert (tokenizer.eos_id, tokenizer.vocab_size) == (258, 259)
     check(tokenizer, tmp_path / "saved")
+    # sentinels as T5 has them come about in no text, so that no model needs room for them
+    more = PreTrainedTokenizerFast(tokenizer_object=byte_level("<end>"), eos_token="<end>")
+    more.add_special_tokens({"additional_special_tokens": [f"<extra_id_{i}>" for i in range(100)]})
+    more.save_pretrained(tmp_path / "sentinels")
+    tokenizer = open_tokenizer(str(tmp_path / "sentinels"), 0, Documents([]))
+    assert len(more) == 359 and tokenizer.vocab_size == 259
+    assert max(tokenizer.encode_batch(["<extra_id_7> and <end>"])[0]) < 258
     PreTrainedTokenizerFast(tokenizer_object=byte_level(None)).save_pretrained(tmp_path / "no_eos")
     with pytest.raises(UserError) as error:
         open_tokenizer(str(tmp_path / "no_eos"), 0, Documents([]))

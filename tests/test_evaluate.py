@@ -52,7 +52,8 @@ def nats(corpus: Corpus, model: torch.nn.Module, tiny: Path) -> list[list[float]
 
 
 def score(model: torch.nn.Module, corpus: Corpus, batch: int, micro: int, tokens: int = 10**9) -> Score:
-    return evaluate(model, corpus.valid, tokens=tokens, batch_size=batch, micro_batch_size=micro, world=HERE)
+    rows = corpus.valid.rows_of(tokens)
+    return evaluate(model, corpus.valid, rows=rows, batch_size=batch, micro_batch_size=micro, world=HERE)
 
 
 @pytest.mark.parametrize(("batch", "micro"), [(1, 1), (4, 4), (4, 3), (7, 2), (10**6, 5), (10**6, 10**6)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from gossamer.cli import main
 from gossamer.data import IGNORED, Batch, TaskConfig
 from gossamer.data.glue import GLUE, LabelledRows, read_glue
 from gossamer.data.instructions import ExampleRows, open_instructions, render
+from gossamer.distributed import World
 from gossamer.errors import UserError
 from gossamer.evaluate import token_loss
+from gossamer.evaluate.labels import predict_labels
 from gossamer.layers import Adapter, adapt, dense_state_dict, stand_ins
 from gossamer.models import load_model, load_tokenizer
 from gossamer.optim.contract import build, methods
@@ -111,6 +114,16 @@ def test_what_is_too_long_or_refused_is_counted(base: Path, tmp_path: Path) -> N
     assert data.counts["train"]["passed_over"] == {"not of GSM8K": 1, "empty": 1, "longer than 300 tokens": 1}
     assert (data.train.num_rows, data.valid.num_rows, data.counts["train"]["read"]) == (3, 1, 7)
     assert "1 longer than 300 tokens" in data.summary
+
+
+def test_as_many_are_held_out_as_are_asked_for(base: Path, tmp_path: Path) -> None:
+    records = [{"instruction": f"say {i}", "output": str(i)} for i in range(60)]
+    path, tokenizer = write_jsonl(tmp_path / "all.jsonl", records), load_tokenizer(base)
+    for asked, held in ((None, 6), (25, 25)):
+        data = open_instructions(TaskConfig("instructions", path, valid_examples=asked), tokenizer, 400)
+        assert [data.counts[part]["examples"] for part in ("train", "valid")] == [60 - held, held]
+    with pytest.raises(UserError, match="no training examples are left"):
+        open_instructions(TaskConfig("instructions", path, valid_examples=60), tokenizer, 400)
 
 
 def test_codefeedback_is_cut_after_its_first_block(base: Path, tmp_path: Path) -> None:
@@ -270,6 +283,19 @@ def test_a_classifier_learns_and_is_scored(base: Path, colours: Path, tmp_path: 
     assert again.score.metrics["accuracy"] >= 0.9  # its head was read, not drawn anew
 
 
+def test_what_a_row_stands_beside_does_not_change_its_label(base: Path, colours: Path, tmp_path: Path) -> None:
+    """A causal model looks for the last token that is no padding, whatever its own configuration calls padding."""
+    folder = Path(shutil.copytree(base, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 7}))
+    rows = LabelledRows(read_glue("glue/sst2", str(colours), "dev"), load_tokenizer(folder), 32, False)
+    assert rows.pad_id != 7 and not rows.batch(0, 40, None).inputs["attention_mask"].all()
+    here = {"dtype": torch.float32, "device": torch.device("cpu")}
+    model = load_model(folder, labels=2, pad_id=rows.pad_id, **here)
+    alone, together = (predict_labels(model, rows, size, World(0, 1, torch.device("cpu"))) for size in (1, 40))
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+
+
 def test_a_new_head_is_trained_beside_adapters(base: Path, colours: Path, tmp_path: Path) -> None:
     config = make(base, tmp_path, task="glue/sst2", data=str(colours), adapter=Adapter("lora", rank=2), steps=2)
     finetune(config, quiet=True)
@@ -373,12 +399,13 @@ def test_a_head_of_another_width_is_refused(base: Path, colours: Path, tmp_path:
     assert "has 2 outputs, but the task needs 1" in said
 
 
-def test_other_bad_input_is_one_line(base: Path, sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_bad_input_is_one_line(base: Path, sums: str, colours: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     for changes, said in (
         ({"task": "gsm9k"}, "task: unknown 'gsm9k' (did you mean 'gsm8k'?)"),
         ({"task": "glue/colla"}, "unknown glue/colla (did you mean 'cola'?)"),
         ({"task": "glue/rte", "packing": True}, "packing: means nothing to glue/rte"),
+        ({"task": "glue/sst2", "data": str(colours / "train.tsv")}, "valid: none is named, and data is one file"),
         ({"task": "instructions"}, "needs a local file"),
         ({"task": "instructions", "data": "nowhere.jsonl"}, "no such file: nowhere.jsonl"),
         ({"task": "instructions", "data": sums, "template": "chat"}, "has no chat template"),
@@ -390,6 +417,8 @@ def test_other_bad_input_is_one_line(base: Path, sums: str, tmp_path: Path, monk
     ):  # fmt: skip
         assert said in refused(make(base, out, **changes))
     assert "model: none given" in refused(Finetune(build("adamw"), out=out))
+    with pytest.raises(UserError, match="epochs: inf is out of range"):
+        make(base, out, epochs=float("inf"))
     with pytest.raises(UserError, match=r"dropout 1\.0"):
         Adapter("lora", dropout=1.0)
     with pytest.raises(UserError, match="examples: 0 is too small"):

@@ -17,7 +17,7 @@ from gossamer.bench import Evaluate, evaluate_model
 from gossamer.cli import main
 from gossamer.data.records import read_records
 from gossamer.errors import UserError
-from gossamer.evaluate import sandbox
+from gossamer.evaluate import generation, sandbox
 from gossamer.evaluate.answers import Verifier, final_answer
 from gossamer.evaluate.exams import EXAMS, Exam
 from gossamer.evaluate.generation import generate
@@ -243,6 +243,20 @@ def test_a_batch_says_what_each_would_alone(base: Path) -> None:
     assert together[0].text == tokenizer.decode(ids[0, len(prompts[0]) :])
 
 
+def test_what_is_said_keeps_its_first_space(base: Path) -> None:
+    """A decoder of the SentencePiece kind strips one space from the front of whatever it is given: of the prompt."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "</s>", "▁def", "▁f():", "<0x0A>", "▁▁▁", "▁return", "▁x"]
+    backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)  # pyright: ignore
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    found = generation._read([2, 3, 4], [5, 6, 7, 1], tokenizer, {1}, ())
+    assert (found.text, found.ended) == ("    return x", "eos")
+
+
 def test_generation_stops_where_it_is_told(base: Path) -> None:
     model: Any = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
     tokenizer: Any = load_tokenizer(base)
@@ -339,6 +353,8 @@ def test_tasks_of_lm_eval_run(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
         ("--tasks gsm8k --data {gsm} --template chat", "has no chat template"),
         ("--tasks glue/sst2 --data {colours}", "has no classification head"),
         ("--tasks math500 --data {gsm}", "no field 'problem'"),
+        ("--tasks mbpp --data {human} --allow-code-execution", "no problem of MBPP, whose task_id is a number"),
+        ("--tasks perplexity --data {gsm} --seq-len 4096", "seq_len: 4096 is longer than model"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -347,7 +363,8 @@ def test_bad_input_is_one_line(
     gsm = write(tmp_path / "gsm.jsonl", [{"text": "x", "solution": "#### 1"}])
     if "chat" in argv:
         gsm = write(tmp_path / "gsm.jsonl", RECORDS["gsm8k"])
-    words = argv.format(gsm=gsm, colours=colours).split()
+    human = write(tmp_path / "human.jsonl", RECORDS["humaneval"])
+    words = argv.format(gsm=gsm, colours=colours, human=human).split()
     assert main(["eval", "--model", str(base), "--out", str(tmp_path / "out"), "--device", "cpu", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line

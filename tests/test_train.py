@@ -342,6 +342,9 @@ def test_transformers_loads_a_checkpoint(tiny: Path, tmp_path: Path, dtype: str)
     safetensors.torch.load_model(ours, folder / "model.safetensors")
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert theirs.dtype == ours.dtype
+    ends = open_corpus(config.data).tokenizer.eos_id
+    for part in (theirs.config, theirs.generation_config):
+        assert (part.eos_token_id, part.bos_token_id) == (ends, None)
     ids = torch.arange(64).reshape(2, 32)
     with torch.no_grad():
         assert torch.equal(theirs(input_ids=ids).logits, ours(input_ids=ids).logits)

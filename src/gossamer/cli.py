@@ -38,8 +38,8 @@ from gossamer.distributed import of_main
 from gossamer.errors import UserError, nearest
 from gossamer.evaluate import token_loss
 from gossamer.layers import PARAMETRIZATIONS, Parametrization, name_of
-from gossamer.memory import Size, activations, candidates, longest_row, meta_model, parse_size, predict
-from gossamer.models import resolve_config
+from gossamer.memory import Size, activations, candidates, meta_model, parse_size, predict
+from gossamer.models import longest_row, resolve_config
 from gossamer.optim.contract import Method, entry_of, find, methods
 from gossamer.optim.optimizer import num_bytes
 from gossamer.restarts import Restarts

@@ -31,7 +31,7 @@ from gossamer.evaluate.generation import generate
 from gossamer.evaluate.harness import run_harness
 from gossamer.evaluate.labels import predict_labels, score_labels
 from gossamer.evaluate.sandbox import isolation
-from gossamer.models import head_width, load_model, load_tokenizer, locate
+from gossamer.models import check_row, head_width, load_model, load_tokenizer, locate, read_config
 from gossamer.train.log import commit, hardware, versions
 
 HARNESS = "lm-eval:"
@@ -227,28 +227,29 @@ def _examine(task: str, source: str | None, options: Evaluate, folder: Path, wor
 
 def _perplexity(task: str, source: str | None, options: Evaluate, folder: Path, world: World, quiet: bool) -> _Found:
     assert source is not None
+    check_row("seq_len", options.seq_len, read_config(folder / "config.json"), str(folder))
     text = {"text_field": options.text_field, "tokenizer": str(folder), "seq_len": options.seq_len}
     rows, description = open_text(source, **text)
     model = load_model(folder, dtype=getattr(torch, options.dtype), device=world.device)
-    tokens = options.limit or rows.num_rows * rows.seq_len
+    scored = rows.num_rows if options.limit is None else rows.rows_of(options.limit)
     sizes = {"batch_size": options.batch_size, "micro_batch_size": options.batch_size}
-    score = evaluate(model, rows, tokens=tokens, world=world, **sizes)
+    score = evaluate(model, rows, rows=scored, world=world, **sizes)
     scores = {"perplexity": score.perplexity, "loss": score.loss, "legacy_perplexity": score.legacy_perplexity}
     return _Found(scores, {"tokens": score.tokens, "data": description}, [])
 
 
 def _glue(task: str, source: str | None, options: Evaluate, folder: Path, world: World, quiet: bool) -> _Found:
     spec = glue_task(task)
+    check_row("max_length", options.max_length, read_config(folder / "config.json"), str(folder))
     data = read_glue(task, source, "dev")
     tokenizer: Any = load_tokenizer(folder)
     outputs = len(spec.labels) or 1
     if head_width(folder) is None:
         raise UserError(f"model: {folder} has no classification head; gossamer finetune --task {task} trains one")
-    model: Any = load_model(folder, dtype=getattr(torch, options.dtype), device=world.device, labels=outputs)
     data = data.first(options.limit)
     rows = LabelledRows(data, tokenizer, options.max_length, not spec.labels)
-    if model.config.pad_token_id is None:  # by which a causal model finds the last token of a row
-        model.config.pad_token_id = rows.pad_id
+    dtype = getattr(torch, options.dtype)
+    model: Any = load_model(folder, dtype=dtype, device=world.device, labels=outputs, pad_id=rows.pad_id)
     logits = predict_labels(model, rows, options.batch_size, world)
     score = score_labels(logits, rows.labels, spec.metrics)
     samples = [

@@ -54,11 +54,12 @@ def open_corpus(config: DataConfig, *, train_tokens: int | None = None) -> Corpu
     train_source, valid_source = open_sources(config.data, config.valid, config.text_field)
     tokenizer = open_tokenizer(config.tokenizer, config.vocab_size, train_source)
     train_budget = valid_budget = None
+    counted = None if config.packing else config.seq_len  # of a document
     if train_source.streamed and train_tokens is not None:
-        train_budget = Budget(train_tokens + config.seq_len, None if config.packing else config.seq_len)
+        train_budget = Budget(train_tokens + config.seq_len, counted)
     if valid_source.streamed:
         share = train_budget.tokens // 99 + 1 if train_budget and isinstance(valid_source, HeldOut) else None
-        valid_budget = Budget(min(STREAMED_VALIDATION_TOKENS, share or STREAMED_VALIDATION_TOKENS))
+        valid_budget = Budget(min(STREAMED_VALIDATION_TOKENS, share or STREAMED_VALIDATION_TOKENS), counted)
     valid_shards = open_shards(valid_source, tokenizer, budget=valid_budget)
     train_shards = open_shards(train_source, tokenizer, budget=train_budget, without=valid_shards)
 

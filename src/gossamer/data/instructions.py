@@ -192,8 +192,7 @@ def open_instructions(config: TaskConfig, tokenizer: Any, max_length: int) -> In
     passed: Counter[str] = Counter()
     held_out = 0
     if config.valid is None:
-        share = HELD_OUT if config.valid_examples is None else config.valid_examples
-        held_out = min(share, max(1, len(found.records) // 10))
+        held_out = config.valid_examples or min(HELD_OUT, max(1, len(found.records) // 10))
     needed = None if config.examples is None else config.examples + held_out
     examples, used = _examples(found.records, task, config, tokenizer, max_length, needed, passed)
     if config.valid is not None:

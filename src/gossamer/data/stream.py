@@ -73,6 +73,13 @@ class TokenStream:
         self._packing, self._eos_id = packing, eos_id
         self._order = Order(self.num_rows)
 
+    def rows_of(self, tokens: int) -> int:
+        """How many rows, in file order, it takes to predict so many tokens; all, if they do not."""
+        if self._packing:
+            return min(self.num_rows, -(-tokens // self.seq_len))
+        predicted = np.minimum(np.diff(self._offsets) - 1, self.seq_len).cumsum()
+        return min(self.num_rows, int(np.searchsorted(predicted, tokens)) + 1)
+
     def batch(self, position: int, size: int, seed: int | None) -> tuple[Tensor, Tensor]:
         """Rows ``position .. position + size`` of the endless shuffled order, as (inputs, targets).
 

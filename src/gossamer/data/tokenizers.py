@@ -169,8 +169,11 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary = self._tokenizer.get_vocab()
         backend = self._tokenizer.backend_tokenizer.to_str() if self._tokenizer.is_fast else ""
         self.name = str(folder)
-        self.vocab_size = max(vocabulary.values()) + 1
         self.eos_id = self._tokenizer.eos_token_id
+        # special tokens are split where they stand in a text, so that of them only these two come about
+        special = {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        special -= {self.eos_id, self._tokenizer.unk_token_id}
+        self.vocab_size = max(set(vocabulary.values()) - special) + 1
         self.fingerprint = digest(type(self._tokenizer).__name__, backend, sorted(vocabulary.items()), self.eos_id)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:

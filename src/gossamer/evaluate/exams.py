@@ -134,6 +134,9 @@ class MBPP(Exam):
 
     def questions(self, records: Records, template: Template) -> list[Question]:
         everyone = {record.text("task_id"): record for record in records.records}
+        for name, it in everyone.items():
+            if not (name.isdecimal() and isinstance(it.fields.get("test_list"), list)):
+                raise UserError(f"{it.where}: no problem of MBPP, whose task_id is a number and test_list a list")
         self._tests = {name: it for name, it in everyone.items() if 11 <= int(name) <= 510} or everyone
         return [Question(name, self._ask(it, template), it.text("code")) for name, it in self._tests.items()]
 

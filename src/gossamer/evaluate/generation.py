@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.models import longest_row
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -43,7 +45,7 @@ def generate(
 
     was_training = model.training
     model.eval()
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = longest_row(model.config)
     fits = [i for i, ids in enumerate(prompts) if room is None or len(ids) + max_new_tokens <= room]
     found = dict.fromkeys(range(len(prompts)), Generated("", "prompt too long", 0))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -67,7 +69,7 @@ def generate(
             stopping_criteria=criteria,
         )
         for i, row in zip(chosen, out[:, longest:].tolist(), strict=True):
-            found[i] = _read(row, tokenizer, ends, stop)
+            found[i] = _read(prompts[i], row, tokenizer, ends, stop)
         done += len(chosen)
         report(done)
     model.train(was_training)
@@ -80,10 +82,15 @@ def _end_ids(model: Any, tokenizer: Any) -> set[int]:
     return {i for i in ids | {tokenizer.eos_token_id} if i is not None}
 
 
-def _read(row: list[int], tokenizer: Any, ends: set[int], stop: Sequence[str]) -> Generated:
+def _read(prompt: list[int], row: list[int], tokenizer: Any, ends: set[int], stop: Sequence[str]) -> Generated:
     length = next((place for place, token in enumerate(row) if token in ends), None)
     ended = "length" if length is None else "eos"
-    text = tokenizer.decode(row[:length], skip_special_tokens=True)
+    # behind the prompt, since decoders of the SentencePiece kind strip a space at the beginning of what they decode
+    before, text = (
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in (prompt, prompt + row[:length])
+    )
+    text = text[len(before) :]
     if cuts := sorted((text.find(word), word) for word in stop if word in text):
         text, ended = text[: cuts[0][0]], cuts[0][1]
     return Generated(text, ended, len(row) if length is None else length + 1)

@@ -52,9 +52,9 @@ def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor, **others: Tens
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, stream: TokenStream, *, tokens: int, batch_size: int, micro_batch_size: int, world: World
+    model: nn.Module, stream: TokenStream, *, rows: int, batch_size: int, micro_batch_size: int, world: World
 ) -> Score:
-    """Score `model` on the first `tokens` tokens of `stream`, rounded up to whole rows, in file order.
+    """Score `model` on the first `rows` rows of `stream`, in file order.
 
     Args:
         batch_size: rows of one batch of the legacy number; the loss does not depend on it.
@@ -62,7 +62,6 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    rows = min(stream.num_rows, math.ceil(tokens / stream.seq_len))
     starts = range(0, rows, batch_size)
     sums = torch.zeros(len(starts), 2, dtype=torch.float64, device=world.device)  # a batch's nats and tokens
     turns = world.turns(len(starts))

@@ -1,7 +1,7 @@
 """What training takes, in bytes, found out without taking it: weights, gradients, state, activations, a step; and
 what a step, or training, takes, measured."""
 
-from gossamer.memory.activations import activations, longest_row, operations
+from gossamer.memory.activations import activations, operations
 from gossamer.memory.budget import Candidate, Size, candidates, parse_size
 from gossamer.memory.measure import Measured, Training, measure_step, measure_training, meter
 from gossamer.memory.predict import BUFFERS, FROZEN, Line, Memory, meta_model, predict
@@ -20,7 +20,6 @@ __all__ = [
     "Training",
     "activations",
     "candidates",
-    "longest_row",
     "measure_step",
     "measure_training",
     "meta_model",

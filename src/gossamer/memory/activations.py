@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gossamer.errors import UserError, first_line
 from gossamer.layers import Parametrization
 from gossamer.memory.predict import meta_model
+from gossamer.models import longest_row
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -63,7 +64,8 @@ def activations(
         if value >= 2**31:
             raise UserError(f"{name}: {value} is too large; allowed: an integer below 2^31")
     model = meta_model(model, layers, dtype)
-    longest = longest_row(getattr(model, "config", None))
+    config = getattr(model, "config", None)
+    longest = None if config is None else longest_row(config)
     if longest is not None and seq_len > longest:
         raise UserError(f"seq_len: {seq_len} is longer than the model allows: {longest}")
     with FakeTensorMode(allow_non_fake_inputs=True), _NoData():
@@ -128,11 +130,6 @@ def _over_layers(model: nn.Module, count: Callable[[], int]) -> int:
         setattr(parent, name, stacked[:depth])
         counts.append(count())
     return counts[1] + (len(stacked) - 2) * (counts[1] - counts[0])
-
-
-def longest_row(config: PretrainedConfig | None) -> int | None:
-    """The tokens of a row that a model's configuration allows, or None if it does not say."""
-    return getattr(config, "max_position_embeddings", None)
 
 
 class _NoData(TorchDispatchMode):

@@ -57,12 +57,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, labels: int | None = None, seed: int = 0
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    labels: int | None = None,
+    pad_id: int | None = None,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """A causal language model, or with `labels` a sequence classifier with as many outputs, in evaluation mode.
 
     A classifier's head (with its pooler) that the folder does not hold is drawn anew; the global random state is left
     as it was.
+
+    Args:
+        pad_id: of the rows that a classifier is to read; by it a causal one finds a row's last token.
 
     Raises:
         UserError: weights that are missing or cannot be read; a head of another width.
@@ -92,6 +101,8 @@ def load_model(
             logging.enable_progress_bar()
     if missing := sorted(n for n in report["missing_keys"] if labels is None or not _of_head(model, n)):
         raise UserError(f"model: {folder} lacks {len(missing)} weights, such as {missing[0]}")
+    if labels is not None:
+        model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_id
     model.config.use_cache = False
     model.config.architectures = [type(model).__name__]
     return model.to(device).eval()

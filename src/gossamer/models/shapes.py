@@ -55,7 +55,7 @@ def resolve_config(model: str) -> PretrainedConfig:
     Raises:
         UserError: neither a known name nor a readable configuration.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     if shape := SHAPES.get(model):
         return LlamaConfig(
@@ -80,15 +80,41 @@ def resolve_config(model: str) -> PretrainedConfig:
             f"model: {model!r} is neither a size{nearest(model, SHAPES)} nor a Hugging Face config.json or a folder "
             f"with one; sizes: {', '.join(SHAPES)}"
         )
+    config = read_config(file)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"model: {file} is not a model configuration: {config.model_type} has no causal language model")
+    return config
+
+
+def read_config(file: Path) -> PretrainedConfig:
+    """The `transformers` configuration in a file.
+
+    Raises:
+        UserError: it holds none.
+    """
+    from transformers import AutoConfig
+
     try:
-        values = json.loads(file.read_text())
-        config = AutoConfig.for_model(**values)
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise ValueError(f"{config.model_type} has no causal language model")
-        return config
+        return AutoConfig.for_model(**json.loads(file.read_text()))
     except Exception as error:  # whatever the configuration's own checks raise: it is the user's file
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model: {file} is not a model configuration: {reason}") from error
+
+
+def longest_row(config: PretrainedConfig) -> int | None:
+    """The tokens of a row that a model's configuration allows, or None if it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_row(option: str, length: int, config: PretrainedConfig, model: str) -> None:
+    """Refuse rows that are longer than a model allows.
+
+    Raises:
+        UserError: they are; it names the option.
+    """
+    longest = longest_row(config)
+    if longest is not None and length > longest:
+        raise UserError(f"{option}: {length} is longer than model {model!r} allows: {longest}")
 
 
 def build_model(

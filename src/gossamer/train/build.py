@@ -9,7 +9,7 @@ from torch import nn
 
 from gossamer import layers
 from gossamer.errors import UserError
-from gossamer.models import build_model, resolve_config
+from gossamer.models import build_model, check_row, resolve_config
 from gossamer.optim import Optimizer, param_groups
 from gossamer.train.config import Pretrain, Training
 
@@ -24,14 +24,13 @@ def build(config: Pretrain[Any, Any, Any], vocabulary: int, device: torch.device
         UserError: a vocabulary or rows too large for the model, a rank too large for a layer.
     """
     shape = resolve_config(config.model)
-    room, longest = shape.get_text_config().vocab_size, getattr(shape, "max_position_embeddings", None)
+    room = shape.get_text_config().vocab_size
     if vocabulary > room:
         raise UserError(
             f"tokenizer: {config.data.tokenizer!r} has {vocabulary:,} tokens, but model {config.model!r} has room for "
             f"{room:,}"
         )
-    if longest is not None and config.data.seq_len > longest:
-        raise UserError(f"seq_len: {config.data.seq_len} is longer than model {config.model!r} allows: {longest}")
+    check_row("seq_len", config.data.seq_len, shape, config.model)
     model = build_model(shape, dtype=getattr(torch, config.dtype), device=device, seed=config.seed).train()
     if config.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

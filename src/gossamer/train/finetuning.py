@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from gossamer.errors import UserError
 from gossamer.evaluate import Score, evaluate, token_loss
 from gossamer.evaluate.labels import LabelScore, label_loss, predict_labels, score_labels
 from gossamer.layers import Adapter
-from gossamer.models import load_model, load_tokenizer, locate, new_parts
+from gossamer.models import check_row, load_model, load_tokenizer, locate, new_parts, read_config
 from gossamer.train.config import M, R, Training
 from gossamer.train.loop import Result, train
 
@@ -45,8 +45,8 @@ class Finetune(Training[M, R], Generic[M, R]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epochs is not None and not self.epochs > 0:
-            raise UserError(f"epochs: {self.epochs} is out of range; allowed: numbers > 0")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise UserError(f"epochs: {self.epochs} is out of range; allowed: finite numbers > 0")
 
     @property
     def width(self) -> torch.dtype:
@@ -95,12 +95,9 @@ def prepare(config: Finetune[Any, Any]) -> Material:
     """
     folder = locate(config.model)
     tokenizer: Any = load_tokenizer(folder)
-    shape = json.loads((folder / "config.json").read_text())
     glue = config.data.task.startswith("glue/")
     length = config.data.max_length or (128 if glue else 512)
-    longest = shape.get("max_position_embeddings")
-    if longest is not None and length > longest:
-        raise UserError(f"max_length: {length} is longer than model {config.model!r} allows: {longest}")
+    check_row("max_length", length, read_config(folder / "config.json"), config.model)
     if not glue:
         data = open_instructions(config.data, tokenizer, length)
         rows, source = (data.train, data.valid), data.name
@@ -109,6 +106,8 @@ def prepare(config: Finetune[Any, Any]) -> Material:
     for name in ("prompt_field", "input_field", "answer_field", "packing"):
         if getattr(config.data, name):
             raise UserError(f"{name}: means nothing to {config.data.task}, whose rows are sentences with labels")
+    if config.data.data and config.data.valid is None and Path(config.data.data).expanduser().is_file():
+        raise UserError(f"valid: none is named, and data is one file, {config.data.data}; name a dev file, or a folder")
     for part, place in (("train", config.data.data), ("dev", config.data.valid or config.data.data)):
         labelled = read_glue(config.data.task, place, part)
         most = config.data.examples if part == "train" else config.data.valid_examples
@@ -131,9 +130,9 @@ class _Tuning(ABC):
     def __init__(self, config: Finetune[Any, Any], material: Material, world: World) -> None:
         task = material.task
         outputs = None if task is None else len(task.labels) or 1
-        model: Any = load_model(
-            material.folder, dtype=config.width, device=world.device, labels=outputs, seed=config.seed
-        )
+        pad_id = None if task is None else material.train.pad_id
+        options: dict[str, Any] = {"dtype": config.width, "device": world.device, "seed": config.seed}
+        model: Any = load_model(material.folder, labels=outputs, pad_id=pad_id, **options)
         room = model.get_input_embeddings().num_embeddings
         if len(material.tokenizer) > room:
             raise UserError(
@@ -180,7 +179,7 @@ class Answers(_Tuning):
         rows: Any = _Pairs(self._material.valid)
         sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
         with self._config.computing(world.device):
-            return evaluate(self.model, rows, tokens=rows.num_rows * rows.seq_len, world=world, **sizes)
+            return evaluate(self.model, rows, rows=rows.num_rows, world=world, **sizes)
 
 
 class _Pairs:
@@ -196,11 +195,6 @@ class _Pairs:
 
 class Labels(_Tuning):
     """The loss of the label of a sentence or a pair."""
-
-    def __init__(self, config: Finetune[Any, Any], material: Material, world: World) -> None:
-        super().__init__(config, material, world)
-        if self.model.config.pad_token_id is None:  # by which a causal model finds the last token of a row
-            self.model.config.pad_token_id = material.train.pad_id
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         with self._config.computing(batch.targets.device):

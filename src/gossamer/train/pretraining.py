@@ -42,10 +42,14 @@ class Text:
         self.source, self.fingerprint = config.data.data, corpus.train.fingerprint
         self.description, self.save_tokenizer = corpus.description, corpus.tokenizer.save
         self.introduction = [f"validation: {corpus.valid_description}"]
+        ends: Any = (self.model.config, self.model.generation_config)
+        for part in ends:  # of the tokenizer, which the model was not made for
+            part.eos_token_id, part.bos_token_id = corpus.tokenizer.eos_id, None
         if config.layers is not None:
             name = config.to_json()["layers"]["name"]
             self.introduction.insert(0, f"{name} in place of {len(self.replaced)} layers")
-        self._train, self._valid, self._eval_tokens = corpus.train, corpus.valid, config.eval_tokens
+        self._train, self._valid = corpus.train, corpus.valid
+        self._scored = corpus.valid.rows_of(config.eval_tokens)
         self._watch, self._step = watch, config.steps  # until another one is trained
 
     def batch(self, position: int, size: int, seed: int) -> Batch:
@@ -58,7 +62,7 @@ class Text:
 
     def evaluate(self, batch_size: int, micro_batch_size: int, world: World) -> Score:
         sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
-        score = evaluate(self.model, self._valid, tokens=self._eval_tokens, world=world, **sizes)
+        score = evaluate(self.model, self._valid, rows=self._scored, world=world, **sizes)
         if (watch := self._watch) is not None and (why := world.from_main(lambda: watch(self._step, score))):
             raise Pruned(f"step {self._step}: {why}")
         return score
