@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import gossamer
 from gossamer.kernels.adam_step import adam_step, adam_step_ref
 from gossamer.kernels.product import product, product_ref
+from gossamer.optim import sweep
 
 
 @pytest.fixture
@@ -83,16 +84,38 @@ def test_a_nan_gradient_reaches_the_weight() -> None:
 
 
 @pytest.mark.parametrize("layout", ["weight", "gradient"])
-def test_layouts_that_are_not_rows(layout: str) -> None:
+@pytest.mark.parametrize("tile", [16, 10**6], ids=["tiles", "tile"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        gossamer.LoRAPre(rank=2),
+        gossamer.AdamW(),
+        gossamer.AdamW(state_bits=16),
+        gossamer.Gossamer(rank=2, second="dense"),
+    ],
+    ids=["factors", "dense", "bf16", "both"],
+)
+def test_layouts_that_are_not_rows(
+    method: gossamer.Method, tile: int, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Transposed memory: written and read as what it stands for. fp32 sums in another order are 1e-5 apart."""
+    monkeypatch.setattr(sweep, "TILE", tile)
     stored, plain = normal(8, 6), normal(6, 8, seed=1)
     results = []
     for strided in (True, False):
         weight = stored.clone().mT if strided and layout == "weight" else stored.mT.contiguous()
         p = nn.Parameter(weight)
-        opt = gossamer.Optimizer([{"params": [p], "method": gossamer.LoRAPre(rank=2)}], lr=1e-2)
-        for _ in range(2):
+        opt = gossamer.Optimizer([{"params": [p], "method": method}], lr=1e-2)
+        for step in range(3):
             p.grad = plain.mT.contiguous().mT if strided and layout == "gradient" else plain.clone()
             opt.step()
-        results.append(p.detach().contiguous())
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+            if step == 1:  # as of a checkpoint whose state lay as the weight does
+                saved = opt.state_dict()
+                saved["state"][0] = {
+                    k: v.mT.contiguous().mT if v.ndim == 2 else v for k, v in saved["state"][0].items()
+                }
+                opt.load_state_dict(saved)
+        results.append([p.detach().contiguous(), *(v for v in opt.state[p].values() if v.ndim == 2)])
+    for strided, plainly in zip(*results, strict=True):
+        assert strided.is_contiguous()
+        torch.testing.assert_close(strided, plainly, rtol=1e-5, atol=1e-5)

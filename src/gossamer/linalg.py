@@ -6,6 +6,9 @@ refreshes of a projector, or where oversampling was asked for, and never in an o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,16 @@ from gossamer.rows import HERE, Rows
 
 _FLOOR = 10.0
 """Damping floor in units of eps * trace: below it a Gram matrix is rounding noise and Cholesky may break down."""
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Products in the dtypes of their factors: `torch.autocast` is for the model's."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def damped_pinv(x: Tensor, damping: float, *, relative: bool, rows: Rows = HERE) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from gossamer import linalg
 from gossamer.errors import UserError
 from gossamer.layers import factored
 from gossamer.optim import Optimizer
@@ -101,6 +102,7 @@ class Restarter:
             for layer in self.layers.values():
                 layer.remember()
 
+    @linalg.without_autocast()
     def __call__(self, step: int) -> dict[str, Any] | None:
         """The restart after `step`, counted from 1, if one is due: what it touched, as plain data.
 

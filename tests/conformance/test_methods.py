@@ -210,6 +210,20 @@ def test_closure_runs_with_gradients(name: str) -> None:
     assert float(p.square().sum()) < before
 
 
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_is_for_the_model(name: str, implementation: str) -> None:
+    """A step within it has the bits of one without."""
+    found = []
+    for enabled in (False, True):
+        p = param((24, 10))
+        opt = optimizer(name, [p], method=make(name, **often(name)), implementation=implementation)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            run(opt, [p], range(4))
+        found.append([p.detach(), *opt.state[p].values()])
+    assert all(torch.equal(*both) for both in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_hooks_run(name: str) -> None:
     p, calls = param((6, 5)), []

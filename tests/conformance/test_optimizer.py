@@ -136,6 +136,15 @@ def test_a_checkpoint_of_another_method_or_rank(other: dict[str, object], words:
     one_line(error, *words)
 
 
+def test_a_checkpoint_of_another_library_is_named() -> None:
+    p = matrix(6, 6)
+    theirs = torch.optim.AdamW([p])
+    step(theirs, p)
+    with pytest.raises(UserError) as error:
+        Optimizer([{"params": [p], "method": AdamW()}]).load_state_dict(theirs.state_dict())
+    one_line(error, "a group has no 'method'", "gossamer.Optimizer")
+
+
 def test_stochastic_rounding_is_unbiased_and_keeps_what_bf16_holds() -> None:
     generator = torch.Generator().manual_seed(0)
     exact = torch.randn(1000).bfloat16().float()

@@ -546,6 +546,16 @@ def test_merge(name: str, shape: tuple[int, int], bias: bool) -> None:
 
 
 @names
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_what_was_frozen_is_merged_frozen(name: str, trained: bool) -> None:
+    """An adapter beside a frozen layer is trained; the layer that they become is not."""
+    model = net(6, 8, 6).requires_grad_(trained)
+    layers.apply(model, parametrization(name))
+    layers.merge_all(model)
+    assert {p.requires_grad for p in model.parameters()} == {trained}
+
+
+@names
 def test_merge_all_is_the_way_back(name: str) -> None:
     model, x = net(6, 8, 6, dtype=F64), randn(4, 6)
     kinds = [type(part) for part in model]

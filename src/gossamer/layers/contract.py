@@ -82,9 +82,9 @@ class FactoredLinear(nn.Module):
                 f"layers: rank is {rank} for a layer of shape {tuple(linear.weight.shape)}; allowed: 1 to {smaller}"
             )
         self.rank, self.scale = rank, scale
-        trained = linear.weight.requires_grad
-        self.B = nn.Parameter(linear.weight.new_empty(self.out_features, rank), trained)
-        self.A = nn.Parameter(linear.weight.new_empty(rank, self.in_features), trained)
+        self.trained = linear.weight.requires_grad
+        self.B = nn.Parameter(linear.weight.new_empty(self.out_features, rank), self.trained)
+        self.A = nn.Parameter(linear.weight.new_empty(rank, self.in_features), self.trained)
         self.bias = linear.bias
         self.train(linear.training)
 
@@ -119,6 +119,7 @@ class FactoredLinear(nn.Module):
         )
 
 
+@linalg.without_autocast()
 def weight(module: FactoredLinear) -> Tensor:
     """The dense matrix that the layer stands for, (m, n), in its dtype; computed in fp32 or wider, rounded once.
 
@@ -132,10 +133,10 @@ def weight(module: FactoredLinear) -> Tensor:
 
 @torch.no_grad()
 def merge(module: FactoredLinear) -> nn.Linear:
-    """A dense linear layer of the same function, dtype, device and mode."""
+    """A dense linear layer of the same function, dtype, device and mode, trained if the one that was replaced was."""
     m, n = module.out_features, module.in_features
     linear = nn.Linear(n, m, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight(module), module.B.requires_grad)
+    linear.weight = nn.Parameter(weight(module), module.trained)
     linear.bias = module.bias
     return linear.train(module.training)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gossamer import linalg
 from gossamer.errors import UserError, nearest
 from gossamer.kernels import available
 from gossamer.optim import contract, sharding
@@ -212,6 +213,7 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
+    @linalg.without_autocast()
     def step_members(self, members: Iterable[tuple[str, nn.Parameter, dict[str, Any]]]) -> None:
         """One step for those of these parameters that have a gradient; no step hook is called."""
         alike: defaultdict[tuple[Any, ...], list[Sweep]] = defaultdict(list)
@@ -402,6 +404,10 @@ class Optimizer(torch.optim.Optimizer):
         state: defaultdict[Tensor, State] = defaultdict(dict)
         groups = []
         for saved, group in zip(saved_groups, self.param_groups, strict=True):
+            if missing := {"method", "param_names"} - saved.keys():
+                raise UserError(
+                    f"load_state_dict: a group has no {min(missing)!r}; allowed: what a gossamer.Optimizer saved"
+                )
             name, own = saved["method"]["name"], contract.entry_of(group["method"]).name
             if name != own:
                 raise UserError(f"load_state_dict: the checkpoint was made by {name!r}, this optimizer runs {own!r}")
@@ -413,7 +419,7 @@ class Optimizer(torch.optim.Optimizer):
                     _check_shapes(label, saved_state[index], init_state(group["method"], blank(param)))
                     put = sharding.putter(label, group["method"], param)
                     state[param] = {
-                        key: value.clone() if key in COUNTERS else put(key, value)
+                        key: value.to("cpu", copy=True) if key in COUNTERS else put(key, value)
                         for key, value in saved_state[index].items()
                     }
             method = contract.build(**saved["method"])

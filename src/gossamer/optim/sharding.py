@@ -71,7 +71,7 @@ def putter(name: str, method: Method, param: Tensor) -> Callable[[str, Tensor], 
     """What copies a tensor of a saved state, by its key, to where it belongs: to the parameter's device or mesh."""
     layout = layout_of(name, param, 0)
     if layout is None:
-        return lambda _, value: value.to(param.device, copy=True)
+        return lambda _, value: value.to(param.device, copy=True, memory_format=torch.contiguous_format)
     dims = dims_of_rows(method, tuple(param.shape)) or {}
     return lambda key, value: layout.put(value, dims.get(key))
 

@@ -36,8 +36,12 @@ def arithmetic_dtype(param: Tensor) -> torch.dtype:
 
 
 def dense(param: Tensor, *names: str) -> State:
-    """One zero tensor of the parameter's shape for each name."""
-    return {name: torch.zeros_like(param, dtype=arithmetic_dtype(param)) for name in names}
+    """One zero tensor of the parameter's shape for each name, row by row however the parameter lies."""
+    return {name: _zeros(param, arithmetic_dtype(param)) for name in names}
+
+
+def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def factored(param: Tensor, rank: int, *names: str) -> State:
@@ -72,10 +76,10 @@ def moments(param: Tensor, *names: str, bits: int, shape: tuple[int, ...] | None
     if bits == 16:
         if arithmetic_dtype(param) is not torch.float32:
             raise UserError(f"state_bits: 16 is not enough for a {param.dtype} parameter; allowed: 32, 8")
-        return {f"{name}_bf16": torch.zeros_like(like, dtype=torch.bfloat16) for name in names}
+        return {f"{name}_bf16": _zeros(like, torch.bfloat16) for name in names}
     state = {}
     for name in names:
-        state[f"{name}_codes"] = torch.zeros_like(like, dtype=torch.uint8, memory_format=torch.contiguous_format)
+        state[f"{name}_codes"] = _zeros(like, torch.uint8)
         shape = (*_heights(like), -(-_length(like) // BLOCK))
         state[f"{name}_scale"] = like.new_zeros(shape, dtype=arithmetic_dtype(param))
     return state

@@ -246,7 +246,11 @@ class Checkpoints:
         groups = training["groups"]
         for index, values in _by_owner(path / "groups.safetensors").items():
             groups[int(index)] |= values
-        parts.optimizer.load_state_dict({"state": fresh, "param_groups": groups})
+        # which would copy the state: there would be two for a moment
+        parts.optimizer.load_state_dict({"state": {}, "param_groups": groups})
+        for index, (_, param, _) in enumerate(parts.optimizer.members()):
+            if index in fresh:
+                parts.optimizer.state[param] = fresh[index]
         if parts.diagnostics is not None and (kept := _by_owner(path / "diagnostics.safetensors")):  # else they begin
             parts.diagnostics.load_state_dict(kept)
         self.world.set_random_states(safetensors.torch.load_file(path / "random.safetensors"))
