@@ -54,9 +54,12 @@ def optimizers(model: nn.Module, options: Options) -> Iterator[tuple[Method, str
         if hasattr(cls, "update_proj_gap"):
             fields["update_proj_gap"] = 1 << 30
         method = cls(**fields)
-        for way in ["reference"] + ["auto"] * hasattr(method, "step_"):
+        for way in ("reference", "auto"):
             groups = gossamer.param_groups(copy.deepcopy(model), method)
-            yield method, way, gossamer.Optimizer(groups, lr=1e-4, implementation=way)
+            optimizer = gossamer.Optimizer(groups, lr=1e-4, implementation=way)
+            fused = any((row.method, row.implementation) == (name, "tiles") for row in optimizer.plan())
+            if way == "reference" or fused:
+                yield method, way, optimizer
 
 
 def measure(options: Options) -> None:

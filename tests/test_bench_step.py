@@ -13,7 +13,7 @@ import torch
 
 import gossamer
 from gossamer.bench import StepBench, bench_step, naive, plots, step, write_page
-from gossamer.bench.step import all_rivals, cells, hidden_shapes, read_rows, write_markdown
+from gossamer.bench.step import all_rivals, cells, hidden_shapes, latest, read_rows, write_markdown
 from gossamer.bench.timing import WARM_UP, Pairs, time_pairs
 from gossamer.cli import main
 from gossamer.errors import UserError
@@ -189,6 +189,9 @@ def test_what_is_shown(options: StepBench, tmp_path: Path) -> None:
     write_markdown(header, body, tmp_path / "step.md")
     lines = (tmp_path / "step.md").read_text().splitlines()
     assert len(lines) == 5 and all(line.count("|") == len(header) + 1 for line in lines)
+    other = kept[0] | {"compiled_sweep": not kept[0]["compiled_sweep"]}
+    assert latest([*kept, other]) == [*kept, other] and len(cells([*kept, other])[1]) == 4  # another program
+    assert len(plots.step_ratios([*kept, other])[kept[0]["rival"]]["data"]) == 3
     figures = plots.step_ratios(kept)
     assert set(figures) == {"adamw", "reference"}
     assert [trace["x"] for trace in figures["adamw"]["data"]] == [[4], [4]]  # lion has no rank

@@ -124,6 +124,13 @@ def test_a_process_that_hangs_is_a_failure_in_time(monkeypatch: pytest.MonkeyPat
     assert time.monotonic() - begun < 30  # two pairs at 3 s each, on a machine that does other things
 
 
+def test_a_file_that_does_not_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken_here.py").write_text("def (")
+    with pytest.raises(UserError, match=r"cannot import .*broken_here\.py': SyntaxError"):
+        check(f"{tmp_path}/broken_here.py:X")
+    assert "broken_here" not in sys.modules
+
+
 @pytest.mark.parametrize(
     ("optimizer", "said"),
     [

@@ -332,6 +332,11 @@ def test_what_is_no_amount(text: str, capsys: pytest.CaptureFixture[str]) -> Non
     [
         ("--budget 1GiB --method galore", "budget: tries every method and parametrization; leave out --method"),
         ("--budget 1GiB --layers=lora", "budget: tries every method and parametrization; leave out --layers=lora"),
+        (
+            "--budget 1GiB --layer-targets mlp",
+            "tries every method and parametrization; leave out --layer-targets",
+        ),
+        ("--layer-targets mlp", "layer_targets: there are no layers to replace them by; add --layers"),
         ("--budget 1GiB --batch-size 0", "batch_size: 0 is too small; allowed: an integer >= 1"),
         ("--seq-len 5000", "seq_len: 5000 is longer than the model allows: 2048"),
     ],

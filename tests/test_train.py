@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.data import DataConfig, open_corpus
-from gossamer.distributed import World
+from gossamer.distributed import World, storage
 from gossamer.errors import UserError
 from gossamer.models import build_model, resolve_config
 from gossamer.optim.contract import build
 from gossamer.train import Pretrain, jsonl, pretrain
-from gossamer.train.checkpoint import MANIFEST
+from gossamer.train.checkpoint import MANIFEST, Checkpoints
 from gossamer.train.log import RunLog
 
 Event = dict[str, Any]
@@ -204,6 +204,28 @@ def test_a_torn_last_line_of_the_log_is_mended(tiny: Path, finished: Path, copie
     path.write_text("\n".join([*lines[:kept], torn] if torn else lines[:kept]))
     pretrain(again(tiny, copied), quiet=True)
     assert_same_end(finished, copied, "step-00000006")
+
+
+def test_a_resumed_run_holds_one_state(tiny: Path, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read from the checkpoint is what is stepped on: no copy of it."""
+    shutil.rmtree(copied / "checkpoints" / "step-00000006")
+    read: list[Tensor] = []
+    load, restore = storage.load, Checkpoints.restore
+
+    def remember(path: Path, tensors: dict[str, Tensor]) -> None:
+        read.extend(tensors.values())
+        load(path, tensors)
+
+    def compare(self: Checkpoints, path: Path, parts: Any, training: dict[str, Any]) -> None:
+        restore(self, path, parts, training)
+        state = [tensor for held in parts.optimizer.state.values() for tensor in held.values()]
+        assert state and {id(tensor) for tensor in state} <= {id(tensor) for tensor in read}
+        read.clear()
+
+    monkeypatch.setattr(storage, "load", remember)
+    monkeypatch.setattr(Checkpoints, "restore", compare)
+    pretrain(again(tiny, copied), quiet=True)
+    assert not read
 
 
 def test_resume_with_nothing_to_resume_starts_afresh(tiny: Path, finished: Path, tmp_path: Path) -> None:

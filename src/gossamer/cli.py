@@ -165,11 +165,13 @@ def run_memory(argv: list[str]) -> None:
     options = _parse_with_parts(MemoryOptions, "memory", argv)
     dtype = getattr(torch, options.dtype)
     if options.budget is not None:
-        if tried := [word for word in argv if word.startswith(("--method", "--layers"))]:
+        if tried := [word for word in argv if word.startswith(("--method", "--layer"))]:
             raise UserError(f"budget: tries every method and parametrization; leave out {tried[0]}")
         _print_what_fits(options, parse_size(options.budget, "budget"), dtype)
         return
     name = entry_of(options.method).name
+    if options.layer_targets and options.layers is None:
+        raise UserError("layer_targets: there are no layers to replace them by; add --layers")
     if options.layers is not None:
         name += f" on {name_of(options.layers)}"
     plain = meta_model(options.model, None, dtype)

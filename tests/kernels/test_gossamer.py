@@ -79,6 +79,7 @@ def test_the_factors_stay_finite(case: str, value: float) -> None:
 
 def test_what_cannot_be_launched() -> None:
     param = torch.zeros(40, 24)
+    assert not build("gossamer").can_launch(torch.empty(2**16, 2**15, device="meta"))  # 32 bits do not count them
     assert build("gossamer").can_launch(param) and build("gossamer-lion").can_launch(param.bfloat16())  # pyright: ignore
     assert not build("gossamer", second="dense").can_launch(param)  # pyright: ignore
     assert not build("gossamer", eps=0.0).can_launch(param)  # pyright: ignore

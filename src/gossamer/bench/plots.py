@@ -15,7 +15,7 @@ from html import escape
 from typing import Any
 
 from gossamer.bench import words
-from gossamer.bench.reading import BASELINE, Method, Point, Published, Rate, Run, facets_of, facets_of_row
+from gossamer.bench.reading import BASELINE, Method, Point, Published, Rate, Run, facets_of, facets_of_row, step_setting
 from gossamer.bench.words import MIB, MISSING
 from gossamer.optim.diagnostics import QUANTITIES
 
@@ -354,7 +354,7 @@ def step_ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
         lines: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             if row["rival"] == rival and row["rank"]:
-                lines.setdefault(f"{row['method']}, {row['model']}, {row['dtype']}", []).append(row)
+                lines.setdefault(f"{row['method']}, {row['implementation']}, {step_setting(row)}", []).append(row)
         colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(sorted(lines))}
         traces = [
             {

@@ -22,7 +22,7 @@ from typing import Any
 from gossamer.bench import step, words
 from gossamer.bench.page import GENERATED, PLOTLY, Page, library_text, plain_table, prose
 from gossamer.bench.plots import Figure
-from gossamer.bench.reading import Method, Published, Run, facets_of_row, leaves, load_files, read_published
+from gossamer.bench.reading import STEP, Method, Published, Run, facets_of_row, leaves, load_files, read_published
 from gossamer.bench.report import method_page, of_rows, rows_page, runs_page, summary
 from gossamer.errors import UserError
 from gossamer.layers import PARAMETRIZATIONS
@@ -163,7 +163,7 @@ def _page(table: Table, title: str, link: Callable[[str], str] = escape) -> Page
 def _of_steps(rows: list[dict[str, Any]]) -> bool:
     numbers = ("ratio", "ratio_min", "ratio_max", "milliseconds", "rival_milliseconds")
     return all(
-        {"rival", *step.CASE, *step.SETTING[:-1]} <= row.keys()
+        {"rival", *step.CASE, *STEP} <= row.keys()
         and all(isinstance(row.get(name), int | float) for name in numbers)
         and isinstance(row.get("hardware"), dict)
         and "threads" in row["hardware"]

@@ -20,7 +20,7 @@ from torch import nn
 
 from gossamer.bench import naive, plots
 from gossamer.bench.page import SAVE, Page, Rows, filters, plain_table
-from gossamer.bench.reading import facets_of_row
+from gossamer.bench.reading import facets_of_row, step_setting
 from gossamer.bench.timing import Pairs, time_pairs
 from gossamer.bench.words import MISSING
 from gossamer.errors import UserError, nearest
@@ -275,7 +275,6 @@ def summary(pairs: Pairs) -> dict[str, Any]:
 
 # --- what is shown ---
 
-SETTING = ("model", "layers_timed", "dtype", "device", "threads")
 CASE = ("method", "rank", "implementation")
 
 
@@ -287,7 +286,7 @@ def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last row of each method, rank and rival in each setting."""
     found = {}
     for row in rows:
-        found[(*_setting(row), *(row[key] for key in (*CASE, "rival")))] = row
+        found[(step_setting(row), *(row[key] for key in (*CASE, "rival")))] = row
     return list(found.values())
 
 
@@ -298,26 +297,16 @@ def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     header += [title for rival in rivals for title in (f"÷ {rival}", f"{rival} ms")]
     lines: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        lines.setdefault((*(row[key] for key in CASE), _setting(row)), {})[row["rival"]] = row
+        lines.setdefault((*(row[key] for key in CASE), step_setting(row)), {})[row["rival"]] = row
     body = []
     for (method, rank, implementation, setting), by_rival in lines.items():
         ms = median(row["milliseconds"] for row in by_rival.values())
-        line = [method, str(rank or MISSING), implementation, _in_words(setting), f"{ms:,.1f}"]
+        line = [method, str(rank or MISSING), implementation, setting, f"{ms:,.1f}"]
         for rival in rivals:
             row = by_rival.get(rival)
             line += [_ratio(row), f"{row['rival_milliseconds']:,.1f}"] if row else [MISSING, MISSING]
         body.append(line)
     return header, body
-
-
-def _setting(row: dict[str, Any]) -> tuple[Any, ...]:
-    return *(row[key] for key in SETTING[:-1]), row["hardware"]["threads"]
-
-
-def _in_words(setting: tuple[Any, ...]) -> str:
-    model, layers, dtype, device, threads = setting
-    where = f"{threads} thread{'s' * (threads != 1)}" if device == "cpu" else device
-    return f"{model}, {layers} layer{'s' * (layers != 1)}, {dtype}, {where}"
 
 
 def _ratio(row: dict[str, Any]) -> str:
@@ -346,7 +335,7 @@ def page_of(rows: Sequence[dict[str, Any]], title: str, name: str) -> Page:
     """Table and pictures of the rows, and the rows to take along in a file called `name`."""
     header, body = cells(rows)
     figures = plots.step_ratios(rows)
-    facets = {(*(row[key] for key in CASE), _setting(row)): facets_of_row(row) for row in rows}  # of each line
+    facets = {(*(row[key] for key in CASE), step_setting(row)): facets_of_row(row) for row in rows}  # of each line
     parts = [f"<h1>{escape(title)}</h1>", '<p class="lead">One optimizer step; ratios are medians of pairs, with the '
              "least and the greatest.</p>", *filters(facets.values()), SAVE]  # fmt: skip
     parts += plain_table(header, body, list(facets.values()))

@@ -56,8 +56,10 @@ class Subject:
             raise UserError(f"optimizer: {self.name!r} is not module:Attr or path/to/file.py:Attr")
         try:
             module = _load(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-        except (ImportError, OSError) as error:
-            raise UserError(f"optimizer: cannot import {place!r}: {first_line(error)}") from error
+        except Exception as error:  # whatever stands in the file
+            raise UserError(
+                f"optimizer: cannot import {place!r}: {type(error).__name__}: {first_line(error)}"
+            ) from error
         found = getattr(module, attribute, None)
         if not callable(found):
             raise UserError(f"optimizer: {place!r} has no class or function {attribute!r}")
@@ -102,5 +104,9 @@ def _load(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     assert spec is not None and spec.loader is not None
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
     return module

@@ -172,6 +172,13 @@ def start(device: str, timeout: float = 600.0) -> World:
     if use_cuda and not torch.cuda.is_available():
         raise UserError(f"device: {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
     rank, size, local_rank = _launched()
+    if use_cuda and size > 1 and "LOCAL_RANK" not in os.environ:
+        raise UserError("torchrun: LOCAL_RANK is not set, which says which GPU is whose; start with torchrun")
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"torchrun: LOCAL_RANK is {local_rank}, but there are {torch.cuda.device_count()} CUDA devices here; "
+            "allowed: a process a device"
+        )
     local = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(local)

@@ -7,5 +7,5 @@ from gossamer.kernels import native
 
 try:
     print(native.build())
-except UserError as error:
+except (UserError, OSError) as error:
     sys.exit(str(error))

@@ -27,10 +27,11 @@ LARGEST_RANK = {torch.bfloat16: 128, torch.float32: 64}
 
 
 def fits(param: Tensor, rank: int = 0) -> bool:
-    """Whether kernels take this parameter: dense, in one piece, of a dtype they know; with a rank, a matrix."""
+    """Whether kernels take this parameter: dense, in one piece, of a dtype they know; with a rank, a matrix
+    of fewer than 2^31 entries."""
     plain = type(param) in (Tensor, nn.Parameter) and param.is_contiguous() and param.numel() > 0
     largest = LARGEST_RANK.get(param.dtype, -1)
-    return plain and rank <= largest and (rank == 0 or param.ndim == 2)
+    return plain and rank <= largest and (rank == 0 or (param.ndim == 2 and param.numel() < 2**31))
 
 
 def aligned(tensors: list[Tensor], width: int) -> bool:
