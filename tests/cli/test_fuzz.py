@@ -161,18 +161,25 @@ def test_any_words(here: Path, words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("command", "number"),
-    [("pretrain", 120), ("memory", 60), ("bench", 60), ("bench step", 60), ("report", 40), ("methods", 20)],
-)
-def test_options(here: Path, small: list[str], command: str, number: int) -> None:
+    [("pretrain", 120), ("finetune", 60), ("eval", 60), ("memory", 60), ("bench", 60), ("bench step", 60),
+     ("report", 40), ("methods", 20)],
+)  # fmt: skip
+def test_options(here: Path, small: list[str], base: Path, sums: str, command: str, number: int) -> None:
     start = command.split()
     model = small[small.index("--model") + 1]
-    base = {"pretrain": small, "memory": ["--model", model], "bench step": ["--model", model, "--methods", "adamw"]}
-    usual = base.get(command, [])
+    weights = ["--model", str(base), "--device", "cpu"]
+    usual = {
+        "pretrain": small,
+        "finetune": [*weights, "--task", "instructions", "--data", sums, "--steps", "1"],
+        "eval": [*weights, "--tasks", "perplexity", "--data", "text.txt", "--limit", "20"],
+        "memory": ["--model", model],
+        "bench step": ["--model", model, "--methods", "adamw"],
+    }.get(command, [])
 
     @given(words(start))
     @examples(number)
     def fuzz(rest: list[str]) -> None:
-        out = ["--out", "run"] if command == "pretrain" else []
+        out = ["--out", "run"] if command in ("pretrain", "finetune", "eval") else []
         check([*start, *usual, *out, *rest])
         shutil.rmtree(here / "run", ignore_errors=True)
 
