@@ -50,7 +50,7 @@ class Options:
     out: Path = Path("runs/papers")
     """Folder of the runs."""
     examples: int | None = None
-    """Instead of the paper's, to try the machinery."""
+    """Instead of the paper's, to try the machinery; then the default number is held out."""
     limit: int | None = None
     """Questions of a task, likewise."""
     max_new_tokens: int | None = None
@@ -96,7 +96,8 @@ def start(run: Run, options: Options) -> list[dict[str, Any]]:
     """
     exam = replace(run.evaluation, data=options.test_data)
     examples = options.examples or run.examples
-    data = replace(run.config.data, data=options.data, examples=examples)
+    held_out = run.config.data.valid_examples if options.examples is None else None
+    data = replace(run.config.data, data=options.data, examples=examples, valid_examples=held_out)
     config = replace(run.config, model=options.model or run.config.model, data=data, device=options.device, resume=True)
     if options.dry_run:
         said = plan(replace(run, config=config, examples=examples))
