@@ -116,7 +116,7 @@ def by_rate(methods: Sequence[Method]) -> go.Figure:
         key = f"legend{index + 1}" if index else "legend"
         for trace in drawn["data"] if drawn else ():
             figure.add_trace(go.Scatter({**trace, "meta": None, "legend": key}), row + 1, column + 1)
-        place = {"x": 0.41 + 0.6 * column, "y": 1.0 - 0.565 * row, "xanchor": "left"}
+        place = {"x": 0.41 + 0.6 * column, "y": 1.0 - 0.565 * row, "xanchor": "left", "yanchor": "top"}
         figure.update_layout({key: place | {"font": {"size": 10}}})
     figure.update_xaxes(type="log", title="learning rate", dtick="D2", tickformat="~g")
     tried = sorted(rate.quality for method in methods for rate in method.rates if rate.quality is not None)
