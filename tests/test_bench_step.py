@@ -191,6 +191,9 @@ def test_what_is_shown(options: StepBench, tmp_path: Path) -> None:
     assert len(lines) == 5 and all(line.count("|") == len(header) + 1 for line in lines)
     other = kept[0] | {"compiled_sweep": not kept[0]["compiled_sweep"]}
     assert latest([*kept, other]) == [*kept, other] and len(cells([*kept, other])[1]) == 4  # another program
+    machines = [kept[0]["hardware"] | {"accelerator": "H100", "threads": threads} for threads in (1, 8)]
+    on_gpu = [kept[0] | {"hardware": hardware} for hardware in machines]
+    assert latest(on_gpu) == on_gpu  # of steps on its CPU
     assert len(plots.step_ratios([*kept, other])[kept[0]["rival"]]["data"]) == 3
     figures = plots.step_ratios(kept)
     assert set(figures) == {"adamw", "reference"}

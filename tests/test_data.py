@@ -601,6 +601,20 @@ def test_huggingface_folder(tmp_path: Path):
     tokenizer = open_tokenizer(str(tmp_path / "sentinels"), 0, Documents([]))
     assert len(more) == 359 and tokenizer.vocab_size == 259
     assert max(tokenizer.encode_batch(["<extra_id_7> and <end>"])[0]) < 258
+    # as T5 has them, they are pieces as well: a text that spells one holds something unknown
+    pieces = [("<unk>", 0.0), ("<end>", 0.0), ("▁", -2.0), ("a", -2.0), ("<extra_id_0>", 0.0)]
+    unigram = Backend(models.Unigram(pieces, unk_id=0))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    sentinel = {"additional_special_tokens": ["<extra_id_0>"]}
+    for unknown in ({"unk_token": "<unk>"}, {}):
+        t5 = PreTrainedTokenizerFast(tokenizer_object=unigram, eos_token="<end>", **unknown, **sentinel)
+        t5.save_pretrained(tmp_path / "t5")
+        tokenizer = open_tokenizer(str(tmp_path / "t5"), 0, Documents([]))
+        assert tokenizer.vocab_size == 4
+        if unknown:
+            assert tokenizer.encode_batch(["a <extra_id_0> a"]) == [[2, 3, 2, 0, 2, 3]]
+    with pytest.raises(UserError, match="a text spells '<extra_id_0>'"):
+        tokenizer.encode_batch(["a <extra_id_0> a"])
     PreTrainedTokenizerFast(tokenizer_object=byte_level(None)).save_pretrained(tmp_path / "no_eos")
     with pytest.raises(UserError) as error:
         open_tokenizer(str(tmp_path / "no_eos"), 0, Documents([]))

@@ -170,6 +170,12 @@ def test_rows_of_another_text_or_recipe_do_not_count(
     assert seeds(*stand_in()) == "2" and seeds(*table) == "2"  # no text is named: that of the newest row
     assert seeds(*stand_in("--micro-batch-size", "2")) == "2"
     assert seeds(*table, "--data", str(tiny / "valid.txt")) == "0"
+    # the first of its runs trained again on another text: that row is the newest
+    again = rows()[0]
+    again["config"]["data"]["data"] = str(tiny / "valid.txt")
+    with Path("results/stand_in_table/rows.jsonl").open("a") as file:
+        file.write(json.dumps(again) + "\n")
+    assert seeds(*table) == "1"
     path = Path("stand_in.py")
     path.write_text(path.read_text().replace("steps=4", "steps=2"))
     assert seeds(*stand_in()) == "0"

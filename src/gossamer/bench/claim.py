@@ -103,7 +103,10 @@ class Follow:
         """
         found = {method: _by_rate(self.size, self.method_of(method), before) for method in methods}
         if missing := [method for method, rates in found.items() if not rates]:
-            raise UserError(f"table: its rates are those of {self.table}, which has no finished run of {missing[0]}")
+            method = self.method_of(missing[0])
+            raise UserError(
+                f"table: its rates are those of {self.table}, which has no finished run of {method} on this text"
+            )
         ranked = {
             method: _ranked({lr: fmean(map(_loss, rows)) for lr, rows in rates.items()})
             for method, rates in found.items()

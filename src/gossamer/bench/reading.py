@@ -290,15 +290,16 @@ def facets_of_row(row: dict[str, Any]) -> dict[str, list[str]]:
     return {name: [value] for name, value in found.items() if isinstance(value, str)}
 
 
-STEP = ("model", "layers_timed", "dtype")
+STEP = ("model", "layers_timed", "dtype", "device")
 """What says, with the machine and what is compiled on it, which steps a row of step times is of."""
 
 
 def step_setting(row: dict[str, Any]) -> str:
     """Of a row of step times; those of another setting are not to be compared with it."""
-    model, layers, dtype = (row[key] for key in STEP)
+    model, layers, dtype, device = (row[key] for key in STEP)
+    where = machine(row["hardware"] | ({} if device == "cuda" else {"accelerator": None}))
     depth = words.plural(layers, "layer") if isinstance(layers, int) else f"{layers} layers"
-    parts = [model, depth, dtype, machine(row["hardware"]), "compiled sweep" if row.get("compiled_sweep") else None]
+    parts = [model, depth, dtype, where, "compiled sweep" if row.get("compiled_sweep") else None]
     return ", ".join(filter(None, parts))
 
 

@@ -47,8 +47,12 @@ class Rows:
         self._held: dict[str, TextIO] = {}
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """The last row of each label. A last line torn by a kill is passed over; its run is made again."""
-        return {row["label"]: row for _, row in jsonl.read(self.path)} if self.path.exists() else {}
+        """The last row of each label, the newest last. A line torn by a kill is passed over; its run is made again."""
+        found: dict[str, dict[str, Any]] = {}
+        for _, row in jsonl.read(self.path) if self.path.exists() else ():
+            found.pop(row["label"], None)
+            found[row["label"]] = row
+        return found
 
     def append(self, row: dict[str, Any]) -> None:
         with self.alone() as file:

@@ -165,8 +165,7 @@ class Study:
 
     def _open(self) -> optuna.Study:
         study, options = self._load(), self.options
-        # what is varied has any value, the same whatever the preset's is
-        config = self.config({knob.name: knob.values[-1] for knob in self.knobs})
+        config, varied = self.config({}), {knob.name for knob in self.knobs}
         space = [[knob.name, knob.bounds, knob.choices] for knob in self.knobs]
         rest = json.loads(json.dumps({"prune": options.prune, "space": space}))
         before = study.user_attrs.get("what")
@@ -176,7 +175,9 @@ class Study:
             study.set_user_attr("what", {"config": config.to_json(), **rest})
             return study
         changed = [(key, before[key], value) for key, value in rest.items() if before[key] != value]
-        for key, old, new in [*changed, *differences(before["config"], config)]:
+        # what is varied has the preset's value, which may have been written since
+        rest_of = [it for it in differences(before["config"], config) if it[0].rpartition(".")[2] not in varied]
+        for key, old, new in [*changed, *rest_of]:
             raise UserError(
                 f"out: {options.folder} holds a study with {key} {json.dumps(old)}, not {json.dumps(new)}; use another "
                 "--out"

@@ -170,17 +170,26 @@ class HuggingFaceTokenizer(Tokenizer):
         backend = self._tokenizer.backend_tokenizer.to_str() if self._tokenizer.is_fast else ""
         self.name = str(folder)
         self.eos_id = self._tokenizer.eos_token_id
-        # special tokens are split where they stand in a text, so that of them only these two come about
+        # no text is to hold any other special token: a model needs no room for T5's hundred sentinels
+        self._unknown = self._tokenizer.unk_token_id
         special = {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
-        special -= {self.eos_id, self._tokenizer.unk_token_id}
-        self.vocab_size = max(set(vocabulary.values()) - special) + 1
+        self.vocab_size = max(set(vocabulary.values()) - (special - {self.eos_id, self._unknown})) + 1
         self.fingerprint = digest(type(self._tokenizer).__name__, backend, sorted(vocabulary.items()), self.eos_id)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         encoded = self._tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )
-        return encoded["input_ids"]
+        return [ids if max(ids, default=0) < self.vocab_size else self._known(ids) for ids in encoded["input_ids"]]
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """With the unknown token where a text spells a special one that is a piece of the tokenizer's model, too."""
+        if self._unknown is None:
+            token = self._tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(
+                f"tokenizer: a text spells {token!r}, a special token of {self.name}, which has no unknown one"
+            )
+        return [i if i < self.vocab_size else self._unknown for i in ids]
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -103,7 +103,8 @@ def read_config(file: Path) -> PretrainedConfig:
 
 def longest_row(config: PretrainedConfig) -> int | None:
     """The tokens of a row that a model's configuration allows, or None if it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # a model's of one's own
+    return getattr(text, "max_position_embeddings", None)
 
 
 def check_row(option: str, length: int, config: PretrainedConfig, model: str) -> None:

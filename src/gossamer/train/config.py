@@ -23,7 +23,8 @@ L = TypeVar("L", bound=Parametrization | None)
 R = TypeVar("R", bound=Restarts | None)
 
 PLACE = {"out", "resume", "device", "micro_batch_size"}
-"""Options that say where a run is made and in what portions: of what it finds, they change the rounding alone."""
+"""Options that say where a run is made and in what portions: they change the rounding of what it finds, and what is
+drawn on a device (projections, stochastic rounding) or for a portion (dropout)."""
 MAY_CHANGE_ON_RESUME = PLACE | {"checkpointing", "compile", "eval_every", "eval_tokens", "save_every", "keep_last",
                                 "trackers", "diagnose", "diagnose_every", "parallel", "timeout", "async_save",
                                 "on_nonfinite", "release_gradients"}  # fmt: skip
