@@ -334,7 +334,7 @@ def test_what_is_no_amount(text: str, capsys: pytest.CaptureFixture[str]) -> Non
         ("--budget 1GiB --layers=lora", "budget: tries every method and parametrization; leave out --layers=lora"),
         (
             "--budget 1GiB --layer-targets mlp",
-            "tries every method and parametrization; leave out --layer-targets",
+            "budget: tries every method and parametrization; leave out --layer-targets",
         ),
         ("--layer-targets mlp", "layer_targets: there are no layers to replace them by; add --layers"),
         ("--budget 1GiB --batch-size 0", "batch_size: 0 is too small; allowed: an integer >= 1"),

@@ -74,7 +74,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
         ("bench --steps 0", "steps: 0 is too small"),
         ("finetune", "model: none given; name a folder"),
         ("finetune --layers lora", "Unrecognized options: --layers"),
-        ("finetune --epochs 0", "epochs: 0.0 is out of range; allowed: numbers > 0"),
+        ("finetune --epochs 0", "epochs: 0.0 is out of range; allowed: finite numbers > 0"),
         ("finetune --adapter.kind qlora", "Expected one of"),
         ("finetune --model no/such/folder", "'no/such/folder' is no folder"),
         ("eval --tasks gsm8k", "model: none given; name a folder"),
