@@ -407,7 +407,7 @@ def test_hours_are_operations_over_a_rate(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(outlook, "_rate", lambda *_: 1e12)
     run = galore.table2.run("60m", "adamw", 0)
     run = replace(run, config=replace(run.config, micro_batch_size=2))
-    (hours,) = outlook.plan_table(galore.table2, [run]).columns[12].cells
+    (hours,) = outlook.plan_table(galore.table2, [run], 3).columns[12].cells
     linear = 58_073_600 - 32_000 * 512 - 17 * 512  # without the embedding and the norms
     tokens = 11_000 * 512 * 256
     assert float(str(hours).replace(",", "")) == pytest.approx(6 * linear * tokens / 1e12 / 3600, abs=5e-3)

@@ -165,7 +165,7 @@ class Table:
                 found[method] = losses
             if not all(found.values()):
                 continue
-            leading = self.sweep.leading({method: min(losses.values()) for method, losses in found.items()})
+            leading = list(self.sweep.leading({method: min(losses.values()) for method, losses in found.items()}))
             for seed in range(1, seeds):
                 for method in leading:
                     yield self.run(size, method, seed).at(_ranked(found[method])[0])

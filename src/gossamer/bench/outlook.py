@@ -18,7 +18,7 @@ SIDE, SECONDS = 1024, 1.0
 """Of the matrices by which this device's rate is measured, and for how long."""
 
 
-def plan_table(table: Table, runs: Iterable[Run], seeds: int | None = None) -> Grid:
+def plan_table(table: Table, runs: Iterable[Run], seeds: int) -> Grid:
     """A line for one run of each cell, and how many the cell may take; `rows` are those of a forward pass.
 
     Bytes are those of one process that holds the whole model and steps by the reference. Hours are at least: all matrix
@@ -44,7 +44,7 @@ def plan_table(table: Table, runs: Iterable[Run], seeds: int | None = None) -> G
         lr = f"as in {table.follows.table}" if table.follows else f"{config.lr:g}"
         grid.add_row(
             run.size, run.method, lr, f"{config.steps:,}", f"{slots / 1e6:,.1f} M", str(rows), *gib,
-            f"{hours / _rate(config.device, dtype):,.3f}", str(table.most_runs(seeds or table.seeds)), run.caveats,
+            f"{hours / _rate(config.device, dtype):,.3f}", str(table.most_runs(seeds)), run.caveats,
         )  # fmt: skip
     return grid
 

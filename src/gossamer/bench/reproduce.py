@@ -77,7 +77,7 @@ def reproduce(options: Reproduce, console: Console) -> None:
     path, name = _parts(options.table)
     chosen = _Chosen(path, name, options)
     if options.dry_run:
-        console.print(plan_table(chosen.table, chosen.first_runs(), options.seeds))
+        console.print(plan_table(chosen.table, chosen.first_runs(), chosen.seeds))
         return
     if options.train:
         work(chosen.wanted, chosen.rows, device=options.device, rounds=ROUNDS, keep=False)
@@ -92,6 +92,7 @@ class _Chosen:
         self.options, self.table = options, load_table(path, name)
         self.sizes = _chosen("sizes", options.sizes, self.table.sizes)
         self.methods = _chosen("methods", options.methods, self.table.methods)
+        self.seeds = options.seeds or self.table.seeds
         out = options.out or Path("results") / f"{path.stem}_{name}"
         self.rows = Rows(out / "rows.jsonl", options.runs or Path("runs") / f"{path.stem}_{name}")
         self.before: Finished = {}
@@ -106,8 +107,9 @@ class _Chosen:
         return self._made_so(self.table, self.rows.read())
 
     def wanted(self, finished: Finished) -> list[Run]:
-        seeds, finished = self.options.seeds or self.table.seeds, self._made_so(self.table, finished)
-        return [self._trained(run) for run in self.table.wanted(self.sizes, self.methods, seeds, finished, self.before)]
+        own = self._made_so(self.table, finished)
+        runs = self.table.wanted(self.sizes, self.methods, self.seeds, own, self.before)
+        return [self._trained(run) for run in runs]
 
     def _made_so(self, table: Table, rows: Finished) -> Finished:
         """Those of a table's rows that its runs would make today: no other text's, no other recipe's.

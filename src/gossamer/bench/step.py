@@ -286,8 +286,13 @@ def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last row of each method, rank and rival in each setting."""
     found = {}
     for row in rows:
-        found[(step_setting(row), *(row[key] for key in (*CASE, "rival")))] = row
+        found[(_line_of(row), row["rival"])] = row
     return list(found.values())
+
+
+def _line_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells the lines of a table from one another."""
+    return *(row[key] for key in CASE), step_setting(row)
 
 
 def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -297,7 +302,7 @@ def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     header += [title for rival in rivals for title in (f"÷ {rival}", f"{rival} ms")]
     lines: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        lines.setdefault((*(row[key] for key in CASE), step_setting(row)), {})[row["rival"]] = row
+        lines.setdefault(_line_of(row), {})[row["rival"]] = row
     body = []
     for (method, rank, implementation, setting), by_rival in lines.items():
         ms = median(row["milliseconds"] for row in by_rival.values())
@@ -335,7 +340,7 @@ def page_of(rows: Sequence[dict[str, Any]], title: str, name: str) -> Page:
     """Table and pictures of the rows, and the rows to take along in a file called `name`."""
     header, body = cells(rows)
     figures = plots.step_ratios(rows)
-    facets = {(*(row[key] for key in CASE), step_setting(row)): facets_of_row(row) for row in rows}  # of each line
+    facets = {_line_of(row): facets_of_row(row) for row in rows}
     parts = [f"<h1>{escape(title)}</h1>", '<p class="lead">One optimizer step; ratios are medians of pairs, with the '
              "least and the greatest.</p>", *filters(facets.values()), SAVE]  # fmt: skip
     parts += plain_table(header, body, list(facets.values()))

@@ -133,11 +133,14 @@ class Study:
             evals=options.evals or suite.evals,
         )
         self.rows = Rows(options.folder / "rows.jsonl", options.folder)
-        self.recipe, self._around = _recipe(options)
-        if (options.folder / "study.db").exists():  # begun around a preset that may have been written since
+        self.recipe, lr = _recipe(options)
+        study = None
+        if (options.folder / "study.db").exists():
             with self.rows.alone():
-                self._around = self._load().user_attrs.get("around", self._around)
-        self.knobs = parse(options.space, self.recipe, self._around)
+                study = self._load()
+            if lr is not None and (before := study.user_attrs.get("what")):  # the preset may have been written since
+                lr = before["config"]["lr"]
+        self.knobs = parse(options.space, self.recipe, lr)
         for knob in self.knobs:
             for value in knob.values:
                 if value:  # a bound of 0 is never drawn
@@ -148,7 +151,7 @@ class Study:
         self.grid = all(knob.bounds is None for knob in self.knobs)
         options.folder.mkdir(parents=True, exist_ok=True)
         with self.rows.alone():
-            self._study = self._open()
+            self._study = self._entered(study or self._load())
 
     def _load(self) -> optuna.Study:
         import optuna
@@ -163,15 +166,15 @@ class Study:
         )
         return optuna.create_study(storage=storage, study_name="sweep", pruner=pruner, load_if_exists=True)
 
-    def _open(self) -> optuna.Study:
-        study, options = self._load(), self.options
+    def _entered(self, study: optuna.Study) -> optuna.Study:
+        """The study, begun if it was not; refused if it is another one."""
+        options = self.options
         config, varied = self.config({}), {knob.name for knob in self.knobs}
         space = [[knob.name, knob.bounds, knob.choices] for knob in self.knobs]
         rest = json.loads(json.dumps({"prune": options.prune, "space": space}))
         before = study.user_attrs.get("what")
         if before is None:
             self._begin(study)
-            study.set_user_attr("around", self._around)
             study.set_user_attr("what", {"config": config.to_json(), **rest})
             return study
         changed = [(key, before[key], value) for key, value in rest.items() if before[key] != value]

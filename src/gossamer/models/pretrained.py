@@ -71,7 +71,7 @@ def load_model(
     as it was.
 
     Args:
-        pad_id: of the rows that a classifier is to read; by it a causal one finds a row's last token.
+        pad_id: of the rows that a classifier is to read; by it a causal one finds a row's last token. None: its own.
 
     Raises:
         UserError: weights that are missing or cannot be read; a head of another width.
@@ -101,7 +101,7 @@ def load_model(
             logging.enable_progress_bar()
     if missing := sorted(n for n in report["missing_keys"] if labels is None or not _of_head(model, n)):
         raise UserError(f"model: {folder} lacks {len(missing)} weights, such as {missing[0]}")
-    if labels is not None:
+    if pad_id is not None:
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_id
     model.config.use_cache = False
     model.config.architectures = [type(model).__name__]

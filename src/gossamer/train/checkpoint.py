@@ -234,12 +234,12 @@ class Checkpoints:
             UserError: it is of another model or optimizer.
         """
         weights, there = _weights(parts.model), storage.names(path)
-        fresh: dict[int, dict[str, Tensor]] = {}
+        fresh: dict[Tensor, dict[str, Tensor]] = {}
         tensors = {f"{self._weights}/{name}": tensor for name, tensor in weights.items()}
-        for index, (name, param, group) in enumerate(parts.optimizer.members()):
+        for name, param, group in parts.optimizer.members():
             if f"optimizer/{name}/step" in there:  # else it never had a gradient
-                fresh[index] = parts.optimizer.fresh_state(name, param, group)
-                tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in fresh[index].items()}
+                fresh[param] = parts.optimizer.fresh_state(name, param, group)
+                tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in fresh[param].items()}
         storage.load(path, tensors)
         # what modules derive from a buffer they derive again where it is loaded the usual way
         parts.model.load_state_dict({name: weights[name] for name, _ in _buffers(parts.model)}, strict=False)
@@ -248,9 +248,7 @@ class Checkpoints:
             groups[int(index)] |= values
         # which would copy the state: there would be two for a moment
         parts.optimizer.load_state_dict({"state": {}, "param_groups": groups})
-        for index, (_, param, _) in enumerate(parts.optimizer.members()):
-            if index in fresh:
-                parts.optimizer.state[param] = fresh[index]
+        parts.optimizer.state.update(fresh)
         if parts.diagnostics is not None and (kept := _by_owner(path / "diagnostics.safetensors")):  # else they begin
             parts.diagnostics.load_state_dict(kept)
         self.world.set_random_states(safetensors.torch.load_file(path / "random.safetensors"))
