@@ -42,6 +42,8 @@ TABLES = {
 }
 
 STAND_IN = """
+from dataclasses import replace
+
 from gossamer import AdamW, Lion
 from gossamer.bench import Claim, Order, Run, Sweep, Table
 from gossamer.data import DataConfig
@@ -63,7 +65,7 @@ def run(size, method, seed):
         warmup=0.0, clip=0.0, eval_every=2, eval_tokens=100, save_every=2, seed=seed))
 
 table = Table(
-    title="a stand-in", sizes=("nano",), methods=tuple(RECIPES), run=run, seeds=2, sweep=Sweep((1.0, 2.0), 2),
+    title="a stand-in", sizes=("nano",), methods=tuple(RECIPES), run=run, seeds=2, sweep=Sweep((1.0, 16.0), 2),
     perplexities={{("adamw", "nano"): Claim(2.0, "nowhere", "made up"), ("swan", "nano"): Claim(3.0, "nowhere")}},
     orders=(Order(("adamw", "lion"), "nowhere"), Order(("low-rank-restarts", "adamw"), "nowhere", 0.5)),
 )
@@ -80,8 +82,8 @@ def stand_in(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     return lambda *words: ["reproduce", "stand_in.py::table", "--data", text, "--device", "cpu", *words]
 
 
-def rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path("results/stand_in_table/rows.jsonl").read_text().splitlines()]
+def rows(name: str = "table") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(f"results/stand_in_{name}/rows.jsonl").read_text().splitlines()]
 
 
 def shown(printed: str, method: str) -> list[str]:
@@ -101,7 +103,7 @@ def test_a_table_is_trained_and_judged(
     made = rows()
     tried = [(row["method"], row["lr"], row["seed"]) for row in made]
     rates = {"adamw": 1e-3, "lion": 1e18, "low-rank-restarts": 1e-3}
-    assert tried[:6] == [(method, lr * factor, 0) for factor in (1, 2) for method, lr in rates.items()]  # broad first
+    assert tried[:6] == [(method, lr * factor, 0) for factor in (1, 16) for method, lr in rates.items()]  # broad first
     assert [(method, seed) for method, _, seed in tried[6:]] == [(method, 1) for method in rates]
     for row in made:
         assert (row["table"], row["size"]) == ("stand-in", "nano")
@@ -275,6 +277,17 @@ def test_a_best_rate_that_other_seeds_do_not_bear_out_gives_way_to_the_next() ->
     assert cell("tiny", "a", finished).rows[0]["lr"] == 2e-3  # that one has more seeds
 
 
+def test_rates_that_one_seed_does_not_tell_apart_get_the_others() -> None:
+    losses = {2e-3: (2.0, 1.9, 1.9), 1e-3: (2.009, 1.8, 1.8), 4e-3: (2.011, 1.0, 1.0), 5e-4: (3.0, 1.0, 1.0)}
+
+    def finish(run: Run) -> dict[str, Any]:
+        return bowl(1.0)(run) | {"loss": losses[run.config.lr][run.config.seed]}
+
+    finished = complete(table_of(("a",), sweep=Sweep((1.0, 2.0, 4.0, 0.5), 4), seeds=3), finish)
+    assert {row["lr"] for row in finished.values() if row["seed"]} == {2e-3, 1e-3}
+    assert cell("tiny", "a", finished).rows[0]["lr"] == 1e-3
+
+
 def test_a_table_follows_another() -> None:
     before = complete(table_of(("a", "b", "c"), sweep=Sweep((1.0, 2.0, 0.5), 3), seeds=1), bowl(5e-4))
     before |= {label: row | {"loss": 9.0} for label, row in before.items() if row["method"] == "b"}
@@ -283,6 +296,23 @@ def test_a_table_follows_another() -> None:
     assert [(row["method"], row["lr"]) for row in after.values()] == [
         (method, lr) for lr in (5e-4, 1e-3) for method in ("a-r4", "c-r4")
     ]
+
+
+def test_a_table_waits_for_the_one_it_follows(
+    stand_in: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path("stand_in.py")
+    path.write_text(
+        path.read_text().replace("import Claim, ", "import Claim, Follow, ")
+        + "\nsecond = replace(table, follows=Follow('table', 'nano', rates=1), sweep=Sweep())\n"
+    )
+    assert main(stand_in("--methods", "adamw", "--seeds", "1")) == 0
+    follow = [word.replace("::table", "::second") for word in stand_in("--seeds", "1")]
+    capsys.readouterr()
+    assert main(follow) == 2
+    assert "best ones of table, which lacks 4 runs on this text, such as 'nano lion" in capsys.readouterr().err
+    assert main([*follow, "--methods", "adamw"]) == 0
+    assert [row["lr"] for row in rows("second")] == [min(rows(), key=lambda row: row["loss"])["lr"]]
 
 
 def test_the_replication_has_every_method() -> None:
@@ -448,7 +478,10 @@ def test_the_page_has_a_table_that_loads(tmp_path: Path) -> None:
         ),
         (["papers/galore.py::table2", "--seeds", "0"], "seeds: 0 is too small; allowed: an integer >= 1"),
         (["papers/replication.py::tiny"], "data: table 'tiny' has no text of its own; name files by --data"),
-        (["papers/replication.py::small", "--data", "x"], "table: its rates are those of tiny, which has no finished"),
+        (
+            ["papers/replication.py::small", "--data", "x"],
+            "table: its rates are the best ones of tiny, which lacks 124 runs",
+        ),
         (["broken.txt", "--list"], "table: no such Python file: "),
     ],
 )

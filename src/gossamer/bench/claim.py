@@ -9,8 +9,10 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-from gossamer.errors import UserError
 from gossamer.train import Pretrain
+
+LEVEL_WITH = 0.01
+"""Nats: losses of one seed that differ by less do not say which learning rate is the better one."""
 
 Finished = Mapping[str, dict[str, Any]]
 """Rows of finished runs: the last one of each label."""
@@ -86,6 +88,7 @@ class Follow:
     """Cells that begin where another table of the same file ended, at the learning rates that were best there."""
 
     table: str
+    """One that follows none itself."""
     size: str
     """Of the other table's models."""
     rates: int
@@ -96,17 +99,8 @@ class Follow:
     """The other table's method whose rates a method takes."""
 
     def rates_of(self, methods: Sequence[str], before: Finished) -> dict[str, list[float]]:
-        """Learning rates, the best first, of each method that is to run.
-
-        Raises:
-            UserError: the other table has no finished run of a method.
-        """
+        """Learning rates, the best first, of each method that is to run; of each the other table has finished runs."""
         found = {method: _by_rate(self.size, self.method_of(method), before) for method in methods}
-        if missing := [method for method, rates in found.items() if not rates]:
-            method = self.method_of(missing[0])
-            raise UserError(
-                f"table: its rates are those of {self.table}, which has no finished run of {method} on this text"
-            )
         ranked = {
             method: _ranked({lr: fmean(map(_loss, rows)) for lr, rows in rates.items()})
             for method, rates in found.items()
@@ -170,15 +164,18 @@ class Table:
                 for method in leading:
                     yield self.run(size, method, seed).at(_ranked(found[method])[0])
             for method in leading:
-                yield from self._in_its_place(size, method, seeds, found[method], finished)
+                yield from self._beside_it(size, method, seeds, found[method], finished)
 
-    def _in_its_place(
+    def _beside_it(
         self, size: str, method: str, seeds: int, losses: Mapping[float, float], finished: Finished
     ) -> Iterator[Run]:
-        """The other seeds at the next best rate, while they bring the mean of the one before above it."""
-        for lr, following in pairwise(_ranked(losses)):
+        """The other seeds at the next best rates: at those that are level with the best one, and while the seeds bring
+        the mean of the rate before above the next."""
+        for lr, following in pairwise(ranked := _ranked(losses)):
             rows = [finished.get(self.run(size, method, seed).at(lr).label) for seed in range(seeds)]
-            if not all(rows) or fmean(_loss(row) for row in rows if row) <= losses[following]:
+            if not all(rows) or losses[following] == math.inf:
+                return
+            if losses[following] > max(losses[ranked[0]] + LEVEL_WITH, fmean(_loss(row) for row in rows if row)):
                 return
             for seed in range(1, seeds):
                 yield self.run(size, method, seed).at(following)

@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
+from gossamer.bench import words
 from gossamer.bench.claim import Finished, Run, Table
 from gossamer.bench.outlook import plan_table
 from gossamer.bench.reading import write_published
@@ -97,9 +98,9 @@ class _Chosen:
         self.rows = Rows(out / "rows.jsonl", options.runs or Path("runs") / f"{path.stem}_{name}")
         self.before: Finished = {}
         if (follows := self.table.follows) is not None:
-            followed = load_table(path, follows.table)
+            self.followed = load_table(path, follows.table)
             before = Rows(out.parent / f"{path.stem}_{follows.table}" / "rows.jsonl", self.rows.runs).read()
-            self.before = self._made_so(followed, before)
+            self.before = self._made_so(self.followed, before)
 
     @property
     def finished(self) -> Finished:
@@ -108,8 +109,25 @@ class _Chosen:
 
     def wanted(self, finished: Finished) -> list[Run]:
         own = self._made_so(self.table, finished)
+        self._check_rates()
         runs = self.table.wanted(self.sizes, self.methods, self.seeds, own, self.before)
         return [self._trained(run) for run in runs]
+
+    def _check_rates(self) -> None:
+        """That the table which this one follows has tried every rate: before, its best ones may be others.
+
+        Raises:
+            UserError: it lacks runs.
+        """
+        if (follows := self.table.follows) is None:
+            return
+        methods = tuple(dict.fromkeys(map(follows.method_of, self.methods)))
+        runs = self.followed.wanted((follows.size,), methods, 1, self.before, {})
+        if missing := [run.label for run in runs if run.label not in self.before]:
+            raise UserError(
+                f"table: its rates are the best ones of {follows.table}, which lacks "
+                f"{words.plural(len(missing), 'run')} on this text, such as {missing[0]!r}"
+            )
 
     def _made_so(self, table: Table, rows: Finished) -> Finished:
         """Those of a table's rows that its runs would make today: no other text's, no other recipe's.
