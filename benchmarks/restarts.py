@@ -23,6 +23,7 @@ import plotly.graph_objects as go
 import tyro
 
 from gossamer import AdamW, Restarts
+from gossamer.bench.claim import settled_first
 from gossamer.bench.runner import Rows
 from gossamer.data import DataConfig
 from gossamer.layers import LowRank, Parametrization, SLTrain
@@ -120,16 +121,16 @@ def main(options: Options) -> None:
         shutil.rmtree(config.out)
         print(*key.values(), f"{result.score.perplexity:.2f}", f"{result.seconds:.0f} s", flush=True)
     if not options.ablate:
-        summarise([row for _, row in jsonl.read(rows)], options.out)
+        summarise([row for _, row in jsonl.read(rows) if row["steps"] == options.steps], options.out)
 
 
 def summarise(rows: list[dict[str, Any]], out: Path) -> None:
-    """Every arm at its best rate (lowest mean over seeds), and its difference from plain, paired by seed."""
+    """Every arm at its best rate, and its difference from plain, paired by seed."""
     by: dict[tuple[str, int, str], dict[float, dict[int, float]]] = {}
     for row in rows:
         rates = by.setdefault((row["layers"], row["state_bits"], row["arm"]), {})
         rates.setdefault(row["lr"], {})[row["seed"]] = row["perplexity"]
-    best = {case: min(rates.items(), key=lambda rate: fmean(rate[1].values())) for case, rates in by.items()}
+    best = {case: min(rates.items(), key=lambda rate: settled_first([*rate[1].values()])) for case, rates in by.items()}
     lines = [
         "| weights | states | restarts | best rate (tried) | perplexity, mean ± sd | minus plain, ± standard error |",
         "|---|---|---|---|---|---|",

@@ -66,7 +66,7 @@ def _apollo(size: str) -> System:
 
 
 def _low_rank(size: str, restarts: Restarts | None = None) -> System:
-    return System(gossamer.AdamW(), 1.5e-3, size == "60m", LowRank(RANKS[size]), restarts)
+    return System(gossamer.AdamW(), 1.5e-3, size == "60m" and restarts is None, LowRank(RANKS[size]), restarts)
 
 
 def _sltrain(size: str, restarts: Restarts | None = None) -> System:

@@ -219,6 +219,28 @@ def test_last_row_of_a_label_wins(tmp_path: Path) -> None:
     assert "<h1>Gossamer benchmark: quick</h1>" in page(tmp_path)
 
 
+def test_runs_of_other_configurations_are_no_seeds_of_one_another(tmp_path: Path) -> None:
+    def row(perplexity: float, rank: int, steps: int = 9, text: str = "a.txt", **more: Any) -> dict[str, Any]:
+        config = {"model": "tiny", "lr": 1e-3, "seed": 0, "steps": steps, "method": {"name": "thin", "rank": rank}}
+        config |= {"data": {"data": text, "seq_len": 8}, "save_every": steps} | more
+        return {"label": "thin one", "method": "thin", "lr": 1e-3, "perplexity": perplexity, "config": config}
+
+    def found(*rows: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
+        write_lines(tmp_path / "rows.jsonl", list(rows))
+        return [(method.title, [run.perplexity for run in method.runs]) for method in load(tmp_path)]
+
+    assert found(row(30.0, 4), row(20.0, 8), row(25.0, 8)) == [("thin, rank 8", [25.0]), ("thin, rank 4", [30.0])]
+    assert [line[0] for line in cells(tmp_path)] == ["thin rank 8", "thin rank 4"]
+    assert found(row(30.0, 4), row(20.0, 4, out="x", device="cuda")) == [("thin", [20.0])]  # made elsewhere, later
+    assert found(row(30.0, 4), row(20.0, 4, seed=1)) == [("thin", [30.0, 20.0])]
+    # compared apart: other texts have other perplexities, as have runs of another length
+    assert found(row(30.0, 4), row(20.0, 4, text="b.txt")) == [
+        ("thin, data a.txt", [30.0]),
+        ("thin, data b.txt", [20.0]),
+    ]
+    assert found(row(30.0, 4), row(20.0, 4, steps=7)) == [("thin, 7 steps", [20.0]), ("thin, 9 steps", [30.0])]
+
+
 def test_a_run_is_called_what_its_row_says_and_else_what_was_trained(tmp_path: Path) -> None:
     """Low-rank weights trained by adamw must not count as runs of adamw, the baseline."""
     for name, layers, restarts in (

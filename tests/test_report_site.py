@@ -284,6 +284,12 @@ def test_published_results_are_hollow_marks_beside_our_legacy_perplexities(resul
     assert "<tr><td>ours/claims.json</td><td>hollow marks and a table</td></tr>" in pages["index.html"]
 
 
+def test_claims_without_memory_draw_nothing_beside_runs_that_diverged(results: Path) -> None:
+    claim = {"method": "again", "size": "small", "perplexity": 14.5, "gigabytes": None, "source": "a", "caveats": ""}
+    methods = [method for method in load(results / "ours") if method.name == "lost"]
+    assert methods and plots.memory(methods, styles_of(methods), [reading.Published(**claim)] * 2) is None
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", '[{"method": "x"}]', '{"a": 1}'])
 def test_claims_that_are_none_are_named(results: Path, text: str) -> None:
     (results / "ours" / "claims.json").write_text(text)

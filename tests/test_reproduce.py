@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -143,20 +142,20 @@ def test_two_processes_share_a_table_after_one_was_killed(stand_in: Callable[...
         words, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     first = start()
-    folder = Path("runs/stand_in_table/nano-adamw-lr-0.001-seed-0")
+    runs = Path("runs/stand_in_table")
     deadline = time.monotonic() + 120
-    while not list(folder.glob("checkpoints/*")) and time.monotonic() < deadline:
+    while not list(runs.glob("nano-adamw-lr-0.001-seed-0-*/checkpoints/*")) and time.monotonic() < deadline:
         time.sleep(0.005)
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    assert list(Path("runs/stand_in_table").glob("*.lock"))  # of a dead process
+    assert list(runs.glob("*.lock"))  # of a dead process
     both = [start(), start()]
     for process in both:
         _, said = process.communicate(timeout=200)
         assert process.returncode == 0, said
     labels = [row["label"] for row in rows()]
     assert len(labels) == len(set(labels)) == 3  # two rates with one seed, one with another
-    assert not list(Path("runs/stand_in_table").glob("*.lock"))
+    assert not list(runs.glob("*.lock"))
 
 
 def test_rows_of_another_text_or_recipe_do_not_count(
@@ -178,23 +177,22 @@ def test_rows_of_another_text_or_recipe_do_not_count(
     with Path("results/stand_in_table/rows.jsonl").open("a") as file:
         file.write(json.dumps(again) + "\n")
     assert seeds(*table) == "1"
+    assert seeds(*stand_in()) == "2"  # theirs are still there
+    assert seeds(*table, "--tokenizer", "other.json") == "0"
     path = Path("stand_in.py")
     path.write_text(path.read_text().replace("steps=4", "steps=2"))
     assert seeds(*stand_in()) == "0"
 
 
-def test_a_folder_is_gone_on_with_only_under_its_own_configuration(tmp_path: Path) -> None:
+def test_a_configuration_has_a_folder_of_its_own(tmp_path: Path) -> None:
     run, rows = table_of(("a",)).run("tiny", "a", 0), runner.Rows(tmp_path / "rows.jsonl", tmp_path / "runs")
-    folder = tmp_path / "runs" / run.folder
-    for option, stays in (({"micro_batch_size": 2, "device": "cpu"}, True), ({"steps": 7}, False)):
-        (folder / "checkpoints").mkdir(parents=True)
-        config: Any = replace(run.config, **option)
-        (folder / "log.jsonl").write_text(json.dumps({"event": "start", "config": config.to_json()}) + "\n")
-        taken, missing = rows.take(lambda _: [run])
-        assert taken == run and missing and (folder / "checkpoints").exists() == stays
-        assert rows.take(lambda _: [run]) == (None, True)  # it is held
+    option: dict[str, Any]
+    for option, same in (({"micro_batch_size": 2, "device": "cpu", "out": Path("x")}, True), ({"steps": 7}, False)):
+        other = replace(run, config=replace(run.config, **option))
+        assert other.label == run.label and (other.folder == run.folder) == same
+        assert rows.take(lambda _: [run]) == (run, True)
+        assert rows.take(lambda _, it=other: [it]) == ((None, True) if same else (other, True))  # held, or not
         rows.release(run)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- which runs -------------------------------------------------------------------------------------------------------
@@ -383,6 +381,7 @@ def test_verdicts() -> None:
     assert of_order({0: 20.0}, worse, 0.0) == "1 seed in common: no verdict"
     assert of_order({3: 20.0, 4: 20.0}, worse, 0.0) == "0 seeds in common: no verdict"
     assert of_order({}, worse, 0.0) == "no run"
+    assert of_order({0: 20.0}, {0: None}, 0.0) == "1 seed in common: no verdict"
     assert of_order({0: 20.0, 1: None}, worse, 0.0) == "refuted: it diverged"
     assert of_order(worse, {0: 20.0, 1: None}, 0.0) == "holds: the other diverged"
     # Seeds that are far apart, and move both alike: what counts is how far the two are apart with each.

@@ -68,6 +68,15 @@ def test_n_counts_what_a_token_is_multiplied_by(layers: Any) -> None:
     assert scaling.matrix_parameters(meta_model("tiny", layers, torch.float32)) == expected
 
 
+def test_n_is_of_the_layers_that_were_replaced() -> None:
+    shape = SHAPES["tiny"]
+    rows = [row("low-rank", "tiny", 1e-3, 9.0), row("low-rank", "tiny", 1e-3, 9.0)]
+    for it, targets in zip(rows, ((), ("mlp",)), strict=True):
+        it["config"] |= {"layers": {"name": "low-rank", "rank": 8}, "layer_targets": targets}
+    whole, part = sorted(it.matrix_parameters for it in next(iter(scaling.points(rows).values())))
+    assert part - whole == shape.layers * 4 * (shape.hidden**2 - 8 * 2 * shape.hidden)  # attention's stay dense
+
+
 def row(method: str, model: str, lr: float, perplexity: float | None, seed: int = 0, **data: Any) -> dict[str, Any]:
     text = {"data": "python-stdlib", "vocab_size": 2048, "seq_len": 128, **data}
     config = {"model": model, "layers": None, "data": text, "steps": 10, "batch_size": 8, "lr": lr, "seed": seed}

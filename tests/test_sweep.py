@@ -110,6 +110,7 @@ def test_a_learning_rate_left_out_is_looked_for_around_the_presets() -> None:
         ("=3", "allowed: NAME=LOW:HIGH"),
         ("rnk=3,4", "low-rank has no 'rnk' (did you mean 'rank'?); known: lr, betas"),
         ("rank=0,4", "low-rank: rank is 0"),
+        ("rank=0:8", "low-rank: rank is 0"),
         ("rank=2.5", "rank is 2.5; allowed: values like 4"),
         ("rank=many", "rank is 'many'; allowed: values like 4"),
         ("rank=0:4:8", "rank is '4:8'"),
@@ -292,7 +293,7 @@ def test_processes_share_a_study_and_take_up_what_a_dead_one_left(tiny: Path, tm
                "--out", str(out), "--device", "cpu"]  # fmt: skip
 
     def log_of(trial: int) -> list[dict[str, Any]]:
-        found = [path.read_text().splitlines() for path in out.glob(f"*-trial-{trial}/log.jsonl")]
+        found = [path.read_text().splitlines() for path in out.glob(f"*-trial-{trial}-*/log.jsonl")]
         return [json.loads(line) for lines in found for line in lines[:-1]]
 
     def start() -> subprocess.Popen[str]:
@@ -350,6 +351,20 @@ def test_the_edge_is_of_what_was_tried(losses: tuple[float, ...], edge: str | No
 
 def test_nothing_is_found_where_nothing_finished() -> None:
     assert found_in([trial(0, 1e-3, math.inf)], [Knob("lr", (1e-4, 1))]) is None
+
+
+def test_a_parabola_is_laid_through_trials_that_differ_in_the_learning_rate_alone() -> None:
+    knobs = [Knob("lr", (1e-4, 1e-2)), Knob("damping", (1e-8, 1e-2))]
+    trials = [
+        Trial(i, "finished", {"lr": 1e-3 * 2**i, "damping": 10.0 ** -(2 + i % 3)}, 3.0 + i % 3, 100) for i in range(6)
+    ]
+    found = found_in(trials, knobs)
+    assert found and (found.vertex, found.factor) == (None, None) and len(found.tried) == 6
+    flat = [
+        Trial(i, "finished", {"lr": 2e-3 ** (1 + i / 100)}, loss, 9) for i, loss in enumerate((3.0, 3 - 1e-15, 3.0))
+    ]
+    found = found_in(flat, knobs[:1])
+    assert found and (found.vertex, found.factor) == (None, None)
     assert figure([]) is None and figure([{"table": "tiny", "label": "x"}]) is None
 
 

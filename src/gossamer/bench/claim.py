@@ -10,12 +10,13 @@ from statistics import fmean
 from typing import Any
 
 from gossamer.train import Pretrain
+from gossamer.train.config import fingerprint
 
 LEVEL_WITH = 0.01
 """Nats: losses of one seed that differ by less do not say which learning rate is the better one."""
 
 Finished = Mapping[str, dict[str, Any]]
-"""Rows of finished runs: the last one of each label."""
+"""Rows of finished runs, by label."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,14 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Its name in rows: a table has one run of a name."""
+        """Its name in rows: under one configuration, a table has one run of a name."""
         name = f"{self.size} {self.method} lr {self.config.lr:g} seed {self.config.seed}"
         return name if self.trial is None else f"{name} trial {self.trial}"
 
     @property
     def folder(self) -> str:
-        return self.label.replace(" ", "-")
+        """Of its log and its checkpoints: nothing that another configuration left is in it."""
+        return f"{self.label} {fingerprint(self.config)}".replace(" ", "-")
 
     def at(self, lr: float) -> Run:
         """The same at another learning rate of hidden matrices."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from rich.table import Table as Grid
+from torch import nn
 
 from gossamer.bench.claim import Run, Table
 from gossamer.evaluate import token_loss
@@ -32,14 +34,15 @@ def plan_table(table: Table, runs: Iterable[Run], seeds: int) -> Grid:
     for run in runs:
         config = run.config
         dtype = getattr(torch, config.dtype)
-        model = meta_model(config.model, config.layers, dtype, config.layer_targets)
+        shape = _Shape(config.model, config.layers, config.layer_targets)
+        model = shape.model(dtype)
         memory = predict(model, config.method, fallback=config.fallback)
         rows = config.micro_batch_size or config.batch_size
-        kept = _activations(config.model, config.layers, dtype, rows, config.data.seq_len, config.checkpointing)
+        kept = _activations(shape, dtype, rows, config.data.seq_len, config.checkpointing)
         sizes = memory.weights, memory.gradients, memory.state, memory.step.transient + memory.scratch, kept
         slots = config.steps * config.batch_size * config.data.seq_len
         passes = config.steps * config.batch_size / rows
-        hours = passes * _operations(config.model, config.layers, rows, config.data.seq_len) / 3600
+        hours = passes * _operations(shape, rows, config.data.seq_len) / 3600
         gib = [f"{size / 2**30:,.3g}" for size in (*sizes, sum(sizes))]
         lr = f"as in {table.follows.table}" if table.follows else f"{config.lr:g}"
         grid.add_row(
@@ -49,16 +52,25 @@ def plan_table(table: Table, runs: Iterable[Run], seeds: int) -> Grid:
     return grid
 
 
-@cache  # methods of one model have the same
-def _activations(
-    model: str, layers: Parametrization | None, dtype: torch.dtype, rows: int, seq_len: int, checkpointing: bool
-) -> int:
-    return activations(model, rows, seq_len, checkpointing, loss=token_loss, layers=layers, dtype=dtype)
+class _Shape(NamedTuple):
+    """Of a model: what methods have in common."""
+
+    size: str
+    layers: Parametrization | None
+    layer_targets: tuple[str, ...]
+
+    def model(self, dtype: torch.dtype) -> nn.Module:
+        return meta_model(self.size, self.layers, dtype, self.layer_targets)
 
 
 @cache
-def _operations(model: str, layers: Parametrization | None, rows: int, seq_len: int) -> int:
-    return operations(model, rows, seq_len, loss=token_loss, layers=layers)
+def _activations(shape: _Shape, dtype: torch.dtype, rows: int, seq_len: int, checkpointing: bool) -> int:
+    return activations(shape.model(dtype), rows, seq_len, checkpointing, loss=token_loss)
+
+
+@cache
+def _operations(shape: _Shape, rows: int, seq_len: int) -> int:
+    return operations(shape.model(torch.float32), rows, seq_len, loss=token_loss)
 
 
 @cache

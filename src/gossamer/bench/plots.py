@@ -138,7 +138,7 @@ def _label(run: Run) -> str:
 def group_of(run: Run) -> str:
     """What ties the runs of a method at one rate to their button in a key."""
     rate = MISSING if run.rate is None else words.rate(run.rate)
-    return " ".join(filter(None, [run.method, run.table, run.setting, rate]))
+    return " ".join(filter(None, [run.method, run.variant, run.table, run.setting, rate]))
 
 
 def memory(methods: list[Method], styles: dict[str, Style], published: Sequence[Published] = ()) -> Figure | None:
@@ -154,7 +154,8 @@ def memory(methods: list[Method], styles: dict[str, Style], published: Sequence[
         if (rate := method.best) and (size := rate.mean(sized)) is not None
         if (value := rate.mean("legacy_perplexity") if legacy and rate.quality else rate.quality)
     ]
-    if len(points) + len(published) < 2:
+    hollow = [_hollow(claim, styles) for claim in published if claim.gigabytes is not None]
+    if len(points) + len(hollow) < 2:
         return None
     points.sort(key=lambda point: (point[0], point[2].title))
     fronts = {setting: _front(points, setting, scored) for setting in dict.fromkeys(it.setting for *_, it, _ in points)}
@@ -189,7 +190,6 @@ def memory(methods: list[Method], styles: dict[str, Style], published: Sequence[
         }
         for index, (size, value, method, rate) in enumerate(points)
     ]
-    hollow = [_hollow(claim, styles) for claim in published if claim.gigabytes is not None]
     values = [value for trace in (*traces, *hollow) for value in trace["x"]]
     wide = "log" if max(values) > 10 * min(values) > 0 else "linear"
     x = axis("weights and optimizer state, MiB" if sized == "memory_bytes" else "optimizer state, MiB", type=wide)

@@ -1,13 +1,14 @@
 """What was measured: runs from logs and rows, aggregated by setting, method and learning rate.
 
-Runs of another model, task or length are in another setting: only runs of one setting are compared with each other.
+Runs of another model, task, length or text are in another setting: only runs of one setting are compared with each
+other. Runs of a method that differ in more than learning rate and seed are variants of it, each judged on its own.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,6 +20,7 @@ from gossamer.bench.words import MISSING
 from gossamer.errors import UserError
 from gossamer.restarts import in_words
 from gossamer.train import jsonl
+from gossamer.train.config import MAY_CHANGE_ON_RESUME, PLACE
 
 BASELINE = "adamw"
 FACETS = ("table", "size", "task", "method", "hardware")
@@ -66,7 +68,9 @@ class Run:
     """Planned."""
     hardware: str | None
     setting: str
-    """What of size, task and steps differs within the table; empty where nothing does."""
+    """What of size, task, steps and data differs within the table; empty where nothing does."""
+    variant: str
+    """What else of the configuration, beside rate and seed, differs among the method's runs of the setting."""
     rate: float | None
     finished: bool
     last_step: int
@@ -158,11 +162,17 @@ class Method:
     runs: tuple[Run, ...]
     rates: tuple[Rate, ...]
     setting: str = ""
+    variant: str = ""
+
+    @property
+    def about(self) -> str:
+        """Which of its variants this is, and which of the table's settings; empty where there is one of each."""
+        return ", ".join(filter(None, [self.variant, self.setting]))
 
     @property
     def title(self) -> str:
-        """Its name; where the table has several settings, with the one that this is."""
-        return f"{self.name}, {self.setting}" if self.setting else self.name
+        """Its name, and what tells it from others of that name."""
+        return f"{self.name}, {self.about}" if self.about else self.name
 
     @property
     def best(self) -> Rate | None:
@@ -192,7 +202,8 @@ def load(directory: Path) -> list[Method]:
     """Every run below ``directory``, by method, the highest score or the lowest perplexity first.
 
     A run is a ``log.jsonl`` at any depth, a row of ``directory/rows.jsonl``, or the two together where the row names
-    the log. Of rows with the same label the last one counts, and a log that only a superseded row names is left out.
+    the log. Of rows with the same label and configuration the last one counts, and a log that only a superseded row
+    names is left out.
 
     Raises:
         UserError: there is nothing to read, or a line that is not a whole event or row.
@@ -210,7 +221,7 @@ def load_files(
         table: what the runs' table is called, whatever rows say.
     """
     logs = {path.relative_to(folder).as_posix(): path for path in log_paths}
-    rows: dict[str, dict[str, Any]] = {}
+    rows: list[tuple[str, dict[str, Any]]] = []
     named: set[str] = set()
     for number, row in jsonl.read(rows_path) if rows_path else ():
         label = row.get("label", _label(row))
@@ -218,14 +229,13 @@ def load_files(
             raise UserError(f"{rows_path}, line {number}: a run's row needs 'method', or 'label' too, as text")
         if not isinstance(row.get("log") or "", str):
             raise UserError(f"{rows_path}, line {number}: 'log' is not the name of a file")
-        rows[label] = row
+        rows = [kept for kept in rows if not (kept[0] == label and _alike(kept[1], row))]
+        rows.append((label, row))
         named.add(row.get("log") or "")
     if not logs and not rows:
         raise UserError(f"no log.jsonl in or below {folder}")
 
-    runs = [
-        _run(label, _read_log(logs[row["log"]]) if row.get("log") in logs else None, row) for label, row in rows.items()
-    ]
+    runs = [_run(label, _read_log(logs[row["log"]]) if row.get("log") in logs else None, row) for label, row in rows]
     runs += [_run(Path(name).parent.name or "run", _read_log(path)) for name, path in logs.items() if name not in named]
     return grouped([replace(run, table=table or run.table) for run in _in_settings(runs)])
 
@@ -260,15 +270,17 @@ def read_published(path: Path) -> list[Published]:
 
 
 def grouped(runs: list[Run]) -> list[Method]:
-    """By setting, smaller models first; within it by method, the best first."""
+    """By setting, smaller models first; within it by method and variant, the best first."""
     runs = sorted(runs, key=lambda run: (run.rate is None, run.rate or 0.0, run.label))
     heaviest: dict[str, tuple[str, float, int]] = {}
     for run in runs:
         order = (run.task or "", run.weights_bytes or 0.0, run.steps or 0)
         heaviest[run.setting] = max(order, heaviest.get(run.setting, order))
-    names = {(run.setting, run.method) for run in runs}
-    methods = [_method(*name, [run for run in runs if (run.setting, run.method) == name]) for name in names]
-    return sorted(methods, key=lambda it: (heaviest[it.setting], it.setting, _rank(it.best), it.name))
+    lines: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        lines.setdefault((run.setting, run.method, run.variant), []).append(run)
+    methods = [_method(*line, own) for line, own in lines.items()]
+    return sorted(methods, key=lambda it: (heaviest[it.setting], it.setting, _rank(it.best), it.title))
 
 
 def facets_of(runs: Iterable[Run]) -> dict[str, list[str]]:
@@ -304,21 +316,56 @@ def step_setting(row: dict[str, Any]) -> str:
 
 
 def _in_settings(runs: list[Run]) -> list[Run]:
+    """Each with its setting and its variant."""
     varying = [name for name in ("size", "task", "steps") if len({getattr(run, name) for run in runs}) > 1]
-
-    def setting(run: Run) -> str:
+    placed = []
+    for run, data in _told_apart(runs, lambda run: run.task, lambda option: option.startswith("data.")):
         values = {"size": run.size, "task": run.task, "steps": run.steps and words.plural(run.steps, "step")}
-        return ", ".join(str(values[name] or MISSING) for name in varying)
+        parts = [*(str(values[name] or MISSING) for name in varying), *filter(None, [data])]
+        placed.append(replace(run, setting=", ".join(parts)))
+    told = _told_apart(placed, lambda run: (run.setting, run.method), _is_of_recipe)
+    return [replace(run, variant=variant) for run, variant in told]
 
-    return [replace(run, setting=setting(run)) for run in runs]
+
+def _told_apart(
+    runs: Iterable[Run], group: Callable[[Run], object], counts: Callable[[str], bool]
+) -> Iterator[tuple[Run, str]]:
+    """Each run of a group, and the options in which it differs from others there.
+
+    Only options that all configurations have are compared: what a version did not know had its default.
+    """
+    groups: dict[object, list[tuple[Run, dict[str, str]]]] = {}
+    for run in runs:
+        options = {name: words.fact(value) for name, value in leaves(_config(run.row)) if counts(name)}
+        groups.setdefault(group(run), []).append((run, options))
+    for own in groups.values():
+        known = [options for _, options in own if options]
+        shared = [name for name in known[0] if all(name in options for options in known)] if known else []
+        names = [name for name in shared if len({options[name] for options in known}) > 1]
+        for run, options in own:
+            yield run, ", ".join(f"{name.rpartition('.')[2]} {options[name]}" for name in names if options)
 
 
-def _method(setting: str, name: str, runs: list[Run]) -> Method:
+def _is_of_recipe(option: str) -> bool:
+    return option.partition(".")[0] not in MAY_CHANGE_ON_RESUME | {"model", "data", "steps", "lr", "seed"}
+
+
+def _alike(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two rows' configurations agree, in what both say of it."""
+    before, after = (dict(leaves(_config(row))) for row in (old, new))
+    return all(before[key] == after[key] for key in before.keys() & after.keys() if key.split(".")[0] not in PLACE)
+
+
+def _config(row: dict[str, Any]) -> dict[str, Any]:
+    return row.get("config") or {}
+
+
+def _method(setting: str, name: str, variant: str, runs: list[Run]) -> Method:
     finished = [run for run in runs if run.finished]
     tried = dict.fromkeys(run.rate for run in finished)
     rates = [Rate(rate, tuple(run for run in finished if run.rate == rate)) for rate in tried]
     rates.sort(key=lambda rate: settled_first(list(map(_badness, rate.runs))))
-    return Method(name, tuple(runs), tuple(rates), setting)
+    return Method(name, tuple(runs), tuple(rates), setting, variant)
 
 
 def baseline(methods: list[Method], setting: str = "") -> Rate | None:
@@ -373,6 +420,7 @@ def _as_written(label: str, log: _Log, row: dict[str, Any] | None) -> Run:
         steps=int(config.get("steps") or outcome.get("steps") or 0) or None,
         hardware=machine(start.get("hardware") or {}),
         setting="",
+        variant="",
         rate=_number((row or {}).get("lr")) or rate,
         finished=bool(outcome),
         last_step=int(outcome.get("step") or outcome.get("steps") or log.last_step),

@@ -174,7 +174,7 @@ def method_page(name: str, about: Iterable[str], found: list[tuple[str, Method, 
     if found:
         body += [*filters(facets), SAVE, "<h2>Results</h2>", f'<p class="note">{BEST}</p>']
         heads = [
-            f"{_dot(styles[shown.name])}{head}{f'<small>{escape(shown.setting)}</small>' if shown.setting else ''}"
+            f"{_dot(styles[shown.name])}{head}{_small(shown.about)}"
             for (head, _, _), shown in zip(found, of_tables, strict=True)
         ]
         lines = [(head, method, among) for head, (_, method, among) in zip(heads, found, strict=True)]
@@ -252,7 +252,8 @@ def _results(methods: list[Method], runs: list[Run], styles: dict[str, Style], l
         compared = [method for method in methods if method.setting == setting]
         facets = facets_of(run for method in compared for run in method.runs)
         yield f"<section{shown_for(facets)}>" + (f"<h3>{escape(setting)}</h3>" if setting else "")
-        yield from results_table((_named(method, styles, link), method, methods) for method in compared)
+        heads = [f"{_named(method, styles, link)}{_small(method.variant)}" for method in compared]
+        yield from results_table((head, method, methods) for head, method in zip(heads, compared, strict=True))
         yield "</section>"
     if unfinished := [f"{run.label} (step {run.last_step:,})" for run in runs if not run.finished]:
         yield f'<p class="note">Did not finish: {escape("; ".join(unfinished))}.</p>'
@@ -274,6 +275,10 @@ def results_table(lines: Iterable[tuple[str, Method, list[Method]]], first: str 
 
 def _named(method: Method, styles: dict[str, Style], link: Link) -> str:
     return f"{_dot(styles[method.name])}{link(method.name)}"
+
+
+def _small(text: str) -> str:
+    return f"<small>{escape(text)}</small>" if text else ""
 
 
 PREDICTED = ("weights", "gradients", "state", "activations", "step")

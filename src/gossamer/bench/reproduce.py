@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,8 +108,8 @@ class _Chosen:
         """What is there of the table as it is now."""
         return self._made_so(self.table, self.rows.read())
 
-    def wanted(self, finished: Finished) -> list[Run]:
-        own = self._made_so(self.table, finished)
+    def wanted(self, rows: Sequence[dict[str, Any]]) -> list[Run]:
+        own = self._made_so(self.table, rows)
         self._check_rates()
         runs = self.table.wanted(self.sizes, self.methods, self.seeds, own, self.before)
         return [self._trained(run) for run in runs]
@@ -129,21 +130,21 @@ class _Chosen:
                 f"{words.plural(len(missing), 'run')} on this text, such as {missing[0]!r}"
             )
 
-    def _made_so(self, table: Table, rows: Finished) -> Finished:
+    def _made_so(self, table: Table, rows: Sequence[dict[str, Any]]) -> Finished:
         """Those of a table's rows that its runs would make today: no other text's, no other recipe's.
 
-        Where neither the table nor the options name a text, it is that of the newest row.
+        Where neither the table nor the options name a text, it is that of the newest row, as is the tokenizer then.
         """
-        newest: dict[str, Any] = list(rows.values())[-1]["config"]["data"] if rows else {}
+        newest: dict[str, Any] = rows[-1]["config"]["data"] if rows else {}
         kept: dict[str, dict[str, Any]] = {}
-        for label, row in rows.items():
+        for row in rows:
             if row["size"] in table.sizes and row["method"] in table.methods:
                 config = self._on_text(table.run(row["size"], row["method"], row["seed"]).at(row["lr"])).config
                 if not config.data.data:
-                    text = replace(config.data, data=newest["data"], tokenizer=newest["tokenizer"])
-                    config = replace(config, data=text)
+                    text = {"data": newest["data"], "tokenizer": self.options.tokenizer or newest["tokenizer"]}
+                    config = replace(config, data=replace(config.data, **text))
                 if same_run(row["config"], config):
-                    kept[label] = row
+                    kept[row["label"]] = row
         return kept
 
     def first_runs(self) -> list[Run]:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TextIO
 
-from gossamer.bench.claim import Finished, Run
+from gossamer.bench.claim import Run
 from gossamer.bench.probe import probe
 from gossamer.bench.suite import Bench
 from gossamer.distributed import World, of_main
@@ -30,8 +30,9 @@ POINTS = 100
 PATIENCE = 2.0
 """Seconds between two looks at what other processes have finished."""
 
-Wanted = Callable[[Finished], Iterable[Run]]
-"""The runs that are to be made, the next one first, asked for one by one; what has been found may ask for more."""
+Wanted = Callable[[Sequence[dict[str, Any]]], Iterable[Run]]
+"""Of the rows that there are, the runs that are to be made, the next one first, asked for one by one; what has been
+found may ask for more."""
 Watch = Callable[[Run, int, Score], str | None]
 """Told of an evaluation, by the step after which it was made; may say why the run is not worth going on with."""
 
@@ -46,13 +47,9 @@ class Rows:
         self.path, self.runs = path, runs
         self._held: dict[str, TextIO] = {}
 
-    def read(self) -> dict[str, dict[str, Any]]:
-        """The last row of each label, the newest last. A line torn by a kill is passed over; its run is made again."""
-        found: dict[str, dict[str, Any]] = {}
-        for _, row in jsonl.read(self.path) if self.path.exists() else ():
-            found.pop(row["label"], None)
-            found[row["label"]] = row
-        return found
+    def read(self) -> list[dict[str, Any]]:
+        """All of them, the newest last. A line torn by a kill is passed over; its run is made again."""
+        return [row for _, row in jsonl.read(self.path)] if self.path.exists() else []
 
     def append(self, row: dict[str, Any]) -> None:
         with self.alone() as file:
@@ -71,18 +68,9 @@ class Rows:
             missing = True
             if self._hold(run):
                 if not _is_there(run, self.read()):  # may have been finished since
-                    self._clear(run)
                     return run, True
                 self.release(run)
         return None, missing
-
-    def _clear(self, run: Run) -> None:
-        """Away with what another configuration left in its folder, since that cannot be continued."""
-        folder = self.runs / run.folder
-        log = folder / "log.jsonl"
-        _, begun = next(jsonl.read(log), (0, {})) if log.exists() else (0, {})
-        if not same_run(begun.get("config", {}), run.config):
-            shutil.rmtree(folder, ignore_errors=True)
 
     def release(self, run: Run) -> None:
         file = self._held.pop(run.label)
@@ -159,8 +147,8 @@ def _drop(rows: Rows, run: Run, config: Pretrain[Any, Any, Any], world: World) -
     rows.release(run)
 
 
-def _is_there(run: Run, finished: Finished) -> bool:
-    return run.label in finished and same_run(finished[run.label]["config"], run.config)
+def _is_there(run: Run, rows: Iterable[dict[str, Any]]) -> bool:
+    return any(row["label"] == run.label and same_run(row["config"], run.config) for row in rows)
 
 
 def _row(

@@ -142,7 +142,9 @@ def points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
     runs: dict[tuple[str, str, str, int, int], dict[str, list[float]]] = {}
     for row in rows:
         config = row.get("config") or {}
-        parameters = _of_config(config.get("model"), json.dumps(config.get("layers")))
+        parameters = _of_config(
+            config.get("model"), json.dumps(config.get("layers")), tuple(config.get("layer_targets") or ())
+        )
         if "perplexity" not in row or parameters is None or not isinstance(config.get("data"), dict):
             continue
         tokens = config["steps"] * config["batch_size"] * config["data"]["seq_len"]
@@ -162,12 +164,12 @@ def points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
 
 
 @cache
-def _of_config(model: str | None, layers: str) -> int | None:
+def _of_config(model: str | None, layers: str, layer_targets: tuple[str, ...]) -> int | None:
     """N of a run's configuration; None where the model cannot be had."""
     fields = json.loads(layers)
     parametrization = fields and PARAMETRIZATIONS[fields.pop("name")](**fields)
     try:
-        return matrix_parameters(meta_model(model or "", parametrization, torch.float32))
+        return matrix_parameters(meta_model(model or "", parametrization, torch.float32, layer_targets))
     except UserError:
         return None
 

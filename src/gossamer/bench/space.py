@@ -27,8 +27,10 @@ class Knob:
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """Every choice, or both bounds."""
-        return self.choices if self.bounds is None else self.bounds
+        """Every choice, or both bounds; of decimal numbers without 0, which is never drawn."""
+        if self.bounds is None:
+            return self.choices
+        return tuple(bound for bound in self.bounds if isinstance(bound, int) or bound)
 
     def distribution(self) -> optuna.distributions.BaseDistribution:
         """For optuna. Choices go by their JSON, since a database has no lists."""
@@ -97,11 +99,7 @@ def _knob(name: str, values: str, recipe: Recipe) -> Knob:
         bounds = _typed(name, _json(low), like), _typed(name, _json(high), like)
         if not 0 <= bounds[0] < bounds[1] < math.inf:
             raise UserError(f"space: {name}={values}; allowed: 0 <= LOW < HIGH")
-        knob = Knob(name, bounds)
-        for value in bounds:
-            if value:  # 0 is never drawn
-                place(recipe, {name: value})
-        return knob
+        return _placed(Knob(name, bounds), recipe)
     try:
         found = json.loads(f"[{values}]")
     except ValueError:
@@ -109,9 +107,14 @@ def _knob(name: str, values: str, recipe: Recipe) -> Knob:
     choices = tuple(_typed(name, value, like) for value in found)
     if len(set(choices)) < len(choices):
         raise UserError(f"space: {name}={values} has a value twice")
-    for value in choices:
-        place(recipe, {name: value})
-    return Knob(name, None, choices)
+    return _placed(Knob(name, None, choices), recipe)
+
+
+def _placed(knob: Knob, recipe: Recipe) -> Knob:
+    """The knob, whose values the recipe takes."""
+    for value in knob.values:
+        place(recipe, {knob.name: value})
+    return knob
 
 
 def _json(text: str) -> Any:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from gossamer.bench.claim import Finished, Run
+from gossamer.bench.claim import Run
 from gossamer.bench.recipes import Recipe, presets
 from gossamer.bench.runner import Rows
 from gossamer.bench.space import owner_of, parse, place, spread
@@ -143,8 +143,7 @@ class Study:
         self.knobs = parse(options.space, self.recipe, lr)
         for knob in self.knobs:
             for value in knob.values:
-                if value:  # a bound of 0 is never drawn
-                    self.config({knob.name: value})
+                self.config({knob.name: value})
         self.cost = self.suite.steps * self.suite.batch_size * self.suite.data.seq_len
         if self.cost > options.tokens:
             raise UserError(f"tokens: {options.tokens:,.0f} do not hold one trial of {self.cost:,}")
@@ -220,10 +219,11 @@ class Study:
     def _values(self, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
         return {knob.name: knob.value(trial.params[knob.name]) for knob in self.knobs}
 
-    def wanted(self, finished: Finished) -> Iterator[Run]:
+    def wanted(self, rows: Sequence[dict[str, Any]]) -> Iterator[Run]:
         """Trials that were begun and are not finished, then new ones, for as long as there are any."""
         from optuna.trial import TrialState
 
+        finished = {row["label"]: row for row in rows}
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             run = self.run(trial)
             if (row := finished.get(run.label)) is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,7 +36,8 @@ class Found:
 
     best: Trial
     tried: tuple[tuple[float, float], ...]
-    """Learning rates and losses of the trials that share the best one's other choices, in order; infinite: diverged."""
+    """Learning rates and losses of the trials that share the best one's other choices, in order; infinite: diverged.
+    Numbers that are drawn between bounds differ among them."""
     edge: str | None
     """`smallest` or `largest`, where the best rate is that of all tried."""
     vertex: float | None
@@ -58,12 +60,16 @@ def found_in(trials: Iterable[Trial], knobs: Sequence[Knob]) -> Found | None:
     edge = "largest" if lr == rates[-1] else "smallest" if lr == rates[0] else None
     near = sorted((abs(math.log(rate / lr)), rate, loss) for rate, loss in tried if math.isfinite(loss))[:NEAR]
     vertex = factor = None
-    if len({rate for _, rate, _ in near}) >= 3:
+    alone = all(knob.bounds is None for knob in knobs if knob.name != "lr")  # else other numbers move the losses, too
+    if alone and len({rate for _, rate, _ in near}) >= 3:
         x, y = np.array([math.log(rate / lr) for _, rate, _ in near]), np.array([loss for *_, loss in near])
         curvature, slope, _ = np.polyfit(x, y, 2)
         if curvature > 0:
-            vertex = lr * math.exp(-slope / (2 * curvature))
-            factor = math.exp(math.sqrt(PART_OF_LOSS / curvature))
+            with suppress(OverflowError):  # it is flat
+                vertex, factor = (
+                    lr * math.exp(-slope / (2 * curvature)),
+                    math.exp(math.sqrt(PART_OF_LOSS / curvature)),
+                )
     return Found(best, tried, edge, vertex, factor)
 
 
@@ -90,7 +96,7 @@ def _write(study: Study) -> None:
             "is written; widen --space in another --out"
         )
     trials = study.trials()
-    (row,) = (row for row in study.rows.read().values() if row["label"].endswith(f" trial {found.best.number}"))
+    (row,) = (row for row in study.rows.read() if row["label"].endswith(f" trial {found.best.number}"))
     evidence = {
         "study": str(study.options.folder),
         "space": list(study.options.space),

@@ -76,6 +76,8 @@ def of_order(better: Mapping[int, float | None], worse: Mapping[int, float | Non
     """Whether the first method's perplexities, by seed, are no higher than the second's: a verdict in words."""
     if not better or not worse:
         return "no run"
+    if (common := len(better.keys() & worse.keys())) < 2:
+        return f"{words.plural(common, 'seed')} in common: no verdict"
     diverged = None in better.values(), None in worse.values()
     if any(diverged):
         return (
@@ -84,8 +86,6 @@ def of_order(better: Mapping[int, float | None], worse: Mapping[int, float | Non
     differences = [
         math.log(a / b) for seed in better.keys() & worse.keys() if (a := better[seed]) and (b := worse[seed])
     ]
-    if len(differences) < 2:
-        return f"{words.plural(len(differences), 'seed')} in common: no verdict"
     interval = of_mean(differences)
     word = "holds" if interval.high < margin else "refuted" if interval.low > margin else "undecided"
     return f"{word}: {interval.low:+.4f} to {interval.high:+.4f}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -195,6 +197,12 @@ def check_resumable(saved: dict[str, Any], config: Training[Any, Any]) -> None:
 def same_run(saved: dict[str, Any], config: Training[Any, Any]) -> bool:
     """Whether a run was made under this configuration, wherever it was made."""
     return all(key in PLACE for key, _, _ in differences(saved, config))
+
+
+def fingerprint(config: Training[Any, Any]) -> str:
+    """What tells this configuration from others, wherever it is made: eight hexadecimal digits."""
+    said = {key: value for key, value in _flatten(config.to_json()).items() if key not in PLACE}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def differences(saved: dict[str, Any], config: Training[Any, Any]) -> Iterator[tuple[str, Any, Any]]:
