@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,13 @@ def test_bad_rules(rules: list, words: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as error:
         param_groups(llama(False), METHOD, rules=rules)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_lists_among_a_methods_fields_are_taken_for_tuples() -> None:
+    betas: Any = [0.9, 0.95]
+    model, thin = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), LoRAPre(rank=2, betas=betas)
+    groups = param_groups(model, thin, fallback=AdamW(betas=betas), rules=[("^1.weight", thin)])
+    assert [group["method"].betas for group in groups] == [(0.9, 0.95)] * len(groups)
 
 
 def test_same_parameter_twice_and_none_at_all() -> None:

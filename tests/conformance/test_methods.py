@@ -308,3 +308,27 @@ def test_random_stream_is_of_seed_name_and_step(name: str) -> None:
         single.step()
         both.step()
     assert torch.equal(alone, second)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "basis" in build(name).init(torch.zeros(8, 6))])
+def test_a_basis_is_taken_from_the_first_gradient_that_is_not_zero(name: str) -> None:
+    """The first factor's gradient is zero where the second one begins at zero."""
+    late, prompt = (nn.Parameter(torch.ones(8, 6)) for _ in range(2))
+    for p, zeros in ((late, 3), (prompt, 0)):
+        opt = gossamer.Optimizer([{"params": [("w", p)], "method": build(name, rank=2)}], lr=1e-2)
+        for seed in [None] * zeros + [0, 1, 2]:
+            p.grad = (
+                torch.zeros(8, 6) if seed is None else torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+            )
+            opt.step()
+    assert torch.equal(late, prompt)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "lion" in name])
+def test_a_sign_passes_nan_on(name: str, implementation: str) -> None:
+    p = nn.Parameter(torch.ones(8, 6))
+    group = {"params": [("w", p)], "method": build(name)}
+    p.grad = torch.ones(8, 6).index_fill(0, torch.tensor([2]), float("nan"))
+    gossamer.Optimizer([group], lr=1e-2, implementation=implementation).step()
+    assert p[2].isnan().all()

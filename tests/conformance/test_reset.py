@@ -131,6 +131,15 @@ def test_reset_and_carry_on_is_finite_and_moves(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_after_a_reset_a_gradient_of_zero_moves_nothing(name: str) -> None:
+    opt, p = stepped(name)
+    opt.reset()
+    before, p.grad = p.detach().clone(), torch.zeros(SHAPE)
+    opt.step()
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_named_parameters_only(name: str) -> None:
     params = [param(0), param(1)]
     opt = optimizer(name, params)

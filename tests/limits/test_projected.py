@@ -101,7 +101,8 @@ def test_full_rank_ldadam_has_no_error(shape: tuple[int, int]) -> None:
     state = method.init(torch.zeros(shape, dtype=F64))
     for t in range(1, 9):
         step(method, state, randn(*shape, seed=t), t)
-        assert state["error"].norm() < 1e-11  # ten roundings of numbers of order ten, 1e-15 each, times 1 / (1 - beta1)
+        # ten roundings of numbers of order ten, 1e-15 each, times 1 / (1 - beta1)
+        assert state["m_error"].norm() < 1e-11
 
 
 # --- beta = 0, rank 1, nothing at all ---
@@ -224,13 +225,13 @@ def test_error_feedback_loses_nothing(shape: tuple[int, int], beta1: float) -> N
     state, tall = method.init(torch.zeros(shape, dtype=F64)), shape[0] >= shape[1]
     applied, total, momentum = (torch.zeros(shape, dtype=F64) for _ in range(3))
     for t in range(1, 15):
-        grad, error = randn(*shape, seed=t), state["error"].clone()
+        grad, error = randn(*shape, seed=t), state["m_error"].clone()
         step(method, state, grad, t)
         now = subspace.Subspace(state["basis"], tall).up(state["m"])
-        assert close(now, beta1 * momentum + (1 - beta1) * (grad + error - state["error"]))
+        assert close(now, beta1 * momentum + (1 - beta1) * (grad + error - state["m_error"]))
         momentum, applied, total = now, applied + now, total + grad
     # sum of U m = sum of (g + e - e') less what is still in the momentum, beta1 / (1 - beta1) U m
-    assert close(applied + beta1 / (1 - beta1) * momentum + state["error"], total)
+    assert close(applied + beta1 / (1 - beta1) * momentum + state["m_error"], total)
 
 
 def test_ldadam_transports_second_moments_without_loss_within_their_span() -> None:

@@ -286,7 +286,10 @@ def update_ref(
             inside, w = whole(m_I[i], m_W[i])
             moment = moment + inside[:m] @ w[:, :n]
         largest = torch.finfo(torch.float32).max ** 0.5
-        direction = moment.sign() if SECOND == "none" else (moment / (v.sqrt() + eps)).clamp(-largest, largest)
+        if SECOND == "none":
+            direction = torch.where(moment.isnan(), moment, moment.sign())
+        else:
+            direction = (moment / (v.sqrt() + eps)).clamp(-largest, largest)
         new = decay * param.float() - rate * direction
         param.copy_(round_bf16_ref(new, moment, seed.int()) if STOCHASTIC else new)
 

@@ -125,7 +125,7 @@ def sweep_ref(grad: Tensor, weight: Tensor, reading: Reading, rate: float, decay
         m = _multiplied(step.m) + grad
         most = torch.finfo(weight.dtype).max
         if second is None or step.rule == "sign":
-            direction = m.sign()
+            direction = torch.where(m.isnan(), m, m.sign())
         else:
             direction = (m.clamp(-most, most) / (second.sqrt() + step.eps) * step.gain).clamp(-(most**0.5), most**0.5)
         weight.mul_(decay).sub_(direction, alpha=rate)

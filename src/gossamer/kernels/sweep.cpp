@@ -282,7 +282,8 @@ struct Worker {
         if (of.rule == SIGN)
             for (Long j = 0; j < width; j++) {
                 float x = m[j] + g[j];
-                w[j] = decay * w[j] - rate * (float(x > 0.0f) - float(x < 0.0f));
+                float sign = float(x > 0.0f) - float(x < 0.0f);
+                w[j] = decay * w[j] - rate * (x == x ? sign : x);  // NaN is passed on
             }
         else
             for (Long j = 0; j < width; j++) {

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import pkgutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -169,6 +169,13 @@ def build(name: str, **hyperparameters: Any) -> Method:
         if key not in known:
             raise UserError(f"{name}: unknown hyperparameter {key!r}{nearest(key, known)}; known: {', '.join(known)}")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in hyperparameters.items()})
+
+
+def hashable(method: Method) -> Method:
+    """The method with tuples for the lists among its fields, as a YAML file has them: groups are keyed by methods."""
+    values: Any = {field.name: getattr(method, field.name) for field in fields(method)}
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return replace(method, **lists) if lists else method
 
 
 def check_decay(method: str, field: str, value: float) -> None:

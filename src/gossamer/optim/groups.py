@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gossamer.errors import UserError, matching
-from gossamer.optim.contract import Method, entry_of
+from gossamer.optim.contract import Method, entry_of, hashable
 from gossamer.optim.methods.adamw import AdamW
 
 Rules = Sequence[tuple[str, Method]]
@@ -60,7 +60,8 @@ def param_groups(
         UserError: a rule that matches no parameter or that asks a matrix method to train something else, a model
             without trainable parameters, or a parameter given twice.
     """
-    fallback = fallback or default_fallback()
+    method, fallback = hashable(method), hashable(fallback or default_fallback())
+    rules = [(pattern, hashable(ruled)) for pattern, ruled in rules]
     groups: dict[tuple[Method, bool], dict[str, Any]] = {}
     unmatched = {pattern for pattern, _ in rules}
     seen: dict[int, str] = {}

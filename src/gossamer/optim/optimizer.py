@@ -264,8 +264,9 @@ class Optimizer(torch.optim.Optimizer):
     def _begin(self, name: str, param: nn.Parameter, group: dict[str, Any]) -> Sweep | None:
         """The work on one parameter. Its state is made where there is none, and counted on.
 
-        None for a step that only asks for state, as distributed checkpointing does: the first, with a learning rate
-        and a gradient of zero. It is not counted, so that what a first step draws is drawn by the first real one.
+        None for a first step with a gradient of zero that is not counted, so that what a first step draws is drawn by
+        the first real one: one with a learning rate of zero, by which distributed checkpointing asks for state, or of a
+        method that takes a basis from the gradient. The factor beside one that begins at zero has such a gradient.
         """
         grad, method = param.grad, group["method"]
         assert grad is not None
@@ -282,8 +283,8 @@ class Optimizer(torch.optim.Optimizer):
         if not state:
             _check_shape(name, param, method)  # it may have been replaced after the check
             state.update(init_state(method, param, layout))
-            if float(group["lr"]) == 0 and not bool(rows.any(grad != 0)):
-                return None
+        if not int(state["step"]) and ("basis" in state or not float(group["lr"])) and not bool(rows.any(grad != 0)):
+            return None
         for counter in COUNTERS:
             state[counter] += 1
         step, m_step, v_step = (int(state[counter]) for counter in COUNTERS)

@@ -22,6 +22,16 @@ def adam(m: Tensor, v: Tensor, eps: float) -> Tensor:
     return m.div_(v.sqrt_().add_(eps))
 
 
+def sign_(x: Tensor) -> Tensor:
+    """The signs, in place; of zero it is zero. NaN is passed on, where `torch.sign` gives zero.
+
+    Args:
+        x: fp32 or fp64.
+    """
+    largest = torch.finfo(x.dtype).max
+    return x.mul_(largest).mul_(largest).clamp_(-1, 1)  # once would not do for the smallest numbers
+
+
 def orthogonalize(m: Tensor, adjust_lr_fn: str, rows: Rows = HERE) -> Parts:
     """Roughly U V^T of `m = U S V^T`, times a factor that depends on the shape alone (Jordan 2024; Liu et al. 2025).
 

@@ -214,7 +214,7 @@ class Sweep:
             if target in ("magnitude", "square"):
                 project(rows, grad.abs() if target == "magnitude" else grad.square())
             if step is not None and not adam:
-                self.descend(rows, _rows_of(step.m, rows).add_(grad).sign_())
+                self.descend(rows, rules.sign_(_rows_of(step.m, rows).add_(grad)))
             if adam or target == "second" or below is not None:
                 v = self._past(rows, past)
                 if below is not None:

@@ -318,7 +318,7 @@ class GossamerLion(Tracker):
         beta1, beta2 = self.betas
         w = factors.frame(state, "m", ctx.generator)
         mass = 1 - beta1 * beta2 ** (ctx.m_step - 1)
-        direction = self.blend(state, w, grad, ctx.rows, past=beta1, own=1 - beta1, mass=mass).sign_()
+        direction = rules.sign_(self.blend(state, w, grad, ctx.rows, past=beta1, own=1 - beta1, mass=mass))
         factors.keep_(state, ctx.rows, m=factors.follow(state["m_B"], state["m_A"], w, grad, beta2, ctx.rows))
         return direction
 

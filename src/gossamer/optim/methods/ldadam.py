@@ -30,8 +30,8 @@ class LDAdam:
 
     Paper: arXiv 2410.16103: projection-aware update, generalised error feedback. Written for wide matrices; a tall one
     is transposed. With error feedback U' m' = beta1 U m + (1 - beta1) (g + e - e'), so nothing is lost, only late
-    (`test_error_feedback_loses_nothing`). State: `basis` (s, r), `m` and `v` (l, r), and with error feedback `error`
-    (m, n).
+    (`test_error_feedback_loses_nothing`). State: `basis` (s, r), `m` and `v` (l, r), and with error feedback `m_error`
+    (m, n): momentum that is late, forgotten with `m`.
 
     Deviations:
     - e is a tensor of its own; the authors keep it in `param.grad`, which then cannot be freed.
@@ -61,7 +61,7 @@ class LDAdam:
 
     def init(self, param: Tensor) -> State:
         state = subspace.fresh(param, self.rank)
-        return state | (stores.dense(param, "error") if self.error_feedback else {})
+        return state | (stores.dense(param, "m_error") if self.error_feedback else {})
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         beta1, beta2 = self.betas
@@ -72,7 +72,7 @@ class LDAdam:
 
         total = rules.cut_projected(grad)
         if self.error_feedback:
-            total.add_(state["error"])
+            total.add_(state["m_error"])
         if ctx.step == 1:
             basis = subspace.refreshed(old.basis, total, ctx, "svd")
         else:
@@ -83,7 +83,7 @@ class LDAdam:
         if self.error_feedback:
             weight = beta1 / (1 - beta1)
             error = total.sub_(new.up(low + weight * carried)).add_(old.up(m), alpha=weight)
-            state["error"].copy_(rules.cut_projected(error))
+            state["m_error"].copy_(rules.cut_projected(error))
 
         v.copy_((v_hat - m_hat.square()) @ change.square() + (m_hat @ change).square()).abs_().mul_(old2)
         m.copy_(carried).lerp_(low, 1 - beta1)

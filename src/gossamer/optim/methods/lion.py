@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gossamer.optim import stores
+from gossamer.optim import rules, stores
 from gossamer.optim.contract import Context, State, check_adam, register
 
 
@@ -40,6 +40,6 @@ class Lion:
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         beta1, beta2 = self.betas
         m = state["m"]
-        direction = (beta1 * m).add_(grad, alpha=1 - beta1).sign_()
+        direction = rules.sign_((beta1 * m).add_(grad, alpha=1 - beta1))
         m.mul_(beta2).add_(grad, alpha=1 - beta2)  # not lerp: grad - m overflows for the largest finite numbers
         return direction

@@ -171,12 +171,12 @@ class LoRAPre(Regression):
         self.begin_(state, ctx, m=ctx.m_step, v=ctx.v_step)
 
         largest = torch.finfo(grad.dtype).max
-        m = factors.ema(state, "m", grad, self.betas[0]).clamp_(-largest, largest)
+        m = factors.ema(state, "m", grad, self.betas[0]).div_(1 - self.betas[0] ** ctx.m_step).clamp_(-largest, largest)
         tracked = factors.product(state, "v")
         self.advance_(state, ctx.rows, m=(grad, gamma1), v=(grad.abs(), gamma2))
         past, own = self._weights(ctx.v_step)
         v = tracked.mul_(past).square_().addcmul_(grad, grad, value=own)
-        return rules.cut_direction_(rules.adam(m.div_(1 - self.betas[0] ** ctx.m_step), v, self.eps).mul_(self.scale))
+        return rules.cut_direction_(rules.adam(m, v, self.eps).mul_(self.scale))
 
     def step_(self, sweeps: Sequence[Sweep]) -> None:
         for sweep in sweeps:

@@ -231,7 +231,7 @@ class MLorcLion(Compression):
     def update(self, grad: Tensor, state: State, ctx: Context) -> Tensor:
         grad = rules.cut_gradient(grad, ctx.rows)
         beta1, beta2 = self.betas
-        direction = factors.ema(state, "m", grad, beta1).sign_()
+        direction = rules.sign_(factors.ema(state, "m", grad, beta1))
         factors.keep_(state, ctx.rows, m=self.compress(factors.ema(state, "m", grad, beta2), ctx))
         return direction
 
