@@ -67,13 +67,13 @@ def by_seed(rate: Rate | None) -> dict[int, float]:
     return {run.row["seed"]: math.log(run.perplexity) for run in (rate.runs if rate else ()) if run.perplexity}
 
 
-def gain(rate: Rate, reference: Rate | None, floor: Mapping[int, float]) -> str:
+def gain(rate: Rate, reference: Rate | None, floor: Mapping[int, float]) -> float | None:
     """What log perplexity lies below the floor, over what the reference's does, with the seeds that all three have."""
     ours, theirs = by_seed(rate), by_seed(reference)
     seeds = ours.keys() & theirs.keys() & floor.keys()
     if not seeds or len(ours) < len(rate.runs):
-        return MISSING
-    return f"{sum(floor[it] - ours[it] for it in seeds) / sum(floor[it] - theirs[it] for it in seeds):.0%}"
+        return None
+    return sum(floor[it] - ours[it] for it in seeds) / sum(floor[it] - theirs[it] for it in seeds)
 
 
 def family_of(method: str) -> str:
@@ -81,25 +81,27 @@ def family_of(method: str) -> str:
 
 
 def grid(methods: Sequence[Method], floor: Mapping[int, float]) -> str:
-    """A line a method, the best first."""
+    """A line a method, the best first: by its gain, since a method with fewer seeds has another mean."""
     reference = reading.baseline(list(methods))
     lines = []
     for method in methods:
         if (best := method.best) is None:
             continue
         texts, memory = cells(method, reference), best.mean("memory_bytes")
+        gained = gain(best, reference, floor)
         lines.append(
             (
+                -gained if gained is not None else math.inf,
                 f"`{texts['method']}`",
                 family_of(method.name),
                 *(texts[name] for name in ("rate", "tried", "perplexity")),
-                gain(best, reference, floor),
+                MISSING if gained is None else f"{gained:.0%}",
                 texts["hidden"],
                 MISSING if memory is None else words.mib(memory),
                 texts["step time"],
             )
         )
-    return table(HEADER, lines)
+    return table(HEADER, [line for _, *line in sorted(lines, key=lambda line: line[0])])
 
 
 def by_rate(methods: Sequence[Method]) -> go.Figure:
@@ -118,17 +120,30 @@ def by_rate(methods: Sequence[Method]) -> go.Figure:
             figure.add_trace(go.Scatter({**trace, "meta": None, "legend": key}), row + 1, column + 1)
         place = {"x": 0.41 + 0.6 * column, "y": 1.0 - 0.565 * row, "xanchor": "left", "yanchor": "top"}
         figure.update_layout({key: place | {"font": {"size": 10}}})
-    figure.update_xaxes(type="log", title="learning rate", dtick="D2", tickformat="~g")
-    tried = sorted(rate.quality for method in methods for rate in method.rates if rate.quality is not None)
-    frame = [0.98 * tried[0], 1.02 * tried[3 * len(tried) // 4]]
+    ticks = [digit * 10.0**power for power in range(-5, 1) for digit in (1, 3)]
+    figure.update_xaxes(type="log", title="learning rate", tickvals=ticks, tickformat="~g")
+    frame = _frame([rate for method in methods for rate in method.rates], 0.75)
     return figure.update_yaxes(title="validation perplexity", range=frame).update_layout(width=1100, height=900)
 
 
+def _frame(rates: Sequence[Rate], part: float) -> list[float]:
+    """Bounds of an axis that hold this part of the perplexities, the best ones."""
+    tried = sorted(rate.perplexity for rate in rates if rate.perplexity is not None)
+    return [0.97 * tried[0], 1.02 * tried[math.ceil(part * len(tried)) - 1]]
+
+
 def by_memory(methods: Sequence[Method]) -> go.Figure:
-    """The report's plot of perplexity against memory, with the name of every method."""
-    figure = go.Figure(plots.memory(list(methods), plots.styles_of(list(methods))))
-    figure.update_traces(mode="markers+text", textfont={"size": 10}, selector=lambda trace: trace.mode == "markers")
-    return figure.update_layout(width=1000, height=600)
+    """The report's plot of perplexity against memory, with the name of every method; what is far worse is left out.
+
+    Names of methods that take the same go to both sides in turn.
+    """
+    drawn = plots.memory(list(methods), plots.styles_of(list(methods)))
+    points = [trace for trace in (drawn["data"] if drawn else ()) if trace["mode"].startswith("markers")]
+    for index, trace in enumerate(sorted(points, key=lambda trace: (round(trace["x"][0], 1), trace["y"][0]))):
+        side = "middle left" if index % 2 else "middle right"
+        trace |= {"mode": "markers+text", "textfont": {"size": 10}, "textposition": side, "cliponaxis": True}
+    figure = go.Figure(drawn).update_yaxes(range=_frame([method.best for method in methods if method.best], 0.95))
+    return figure.update_layout(width=1100, height=900)
 
 
 def by_rank(methods: Sequence[Method]) -> go.Figure:

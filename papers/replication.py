@@ -87,6 +87,7 @@ def leading(losses: Mapping[str, float]) -> Iterable[str]:
 
 
 _BENCHMARK, _LORA_PRE = "arXiv 2505.22922", "arXiv 2602.24283"
+_LATER = "asked after `tiny` was seen"
 ORDERS = (
     Order(("adamw", "low-rank-restarts", "low-rank"), _BENCHMARK),
     Order(("adamw", "sltrain-restarts", "sltrain"), _BENCHMARK),
@@ -94,6 +95,13 @@ ORDERS = (
     Order(("lora-pre", "adamw"), _LORA_PRE),
     Order(("gossamer", "lora-pre"), "ours"),
     Order(("gossamer", "mlorc"), "ours"),
+    Order(("lora-pre-stable", "lora-pre"), _LATER),
+    Order(("lora-pre-stable", "galore"), _LATER),
+    Order(("lora-pre-stable", "adamw"), _LATER),
+    Order(("ldadam", "sltrain", "galore"), _LATER),
+    Order(("ldadam", "adamw"), _LATER),
+    Order(("sltrain", "adamw"), _LATER),
+    Order(("adafactor", "adamw"), _LATER),
 )
 
 
@@ -177,10 +185,10 @@ def run_small(size: str, method: str, seed: int) -> Run:
 
 
 small = Table(
-    title="the leading six of `tiny`, d = 256, 8 layers, 0.6 M tokens, at the two rates that were best there",
+    title="the leading six of `tiny` and AdamW, d = 256, 8 layers, 0.6 M tokens, at the two rates that were best there",
     sizes=("small",),
     methods=tuple(RECIPES),
     run=run_small,
     orders=ORDERS,
-    follows=Follow("tiny", "tiny", rates=2, leading=6),
+    follows=Follow("tiny", "tiny", rates=2, leading=6, always=("adamw",)),
 )

@@ -289,7 +289,7 @@ def test_rates_that_one_seed_does_not_tell_apart_get_the_others() -> None:
 def test_a_table_follows_another() -> None:
     before = complete(table_of(("a", "b", "c"), sweep=Sweep((1.0, 2.0, 0.5), 3), seeds=1), bowl(5e-4))
     before |= {label: row | {"loss": 9.0} for label, row in before.items() if row["method"] == "b"}
-    follow = Follow("t", "tiny", rates=2, leading=2, method_of=lambda name: name.removesuffix("-r4"))
+    follow = Follow("t", "tiny", rates=2, leading=1, always=("c-r4",), method_of=lambda it: it.removesuffix("-r4"))
     after = complete(table_of(("a-r4", "b-r4", "c-r4"), follows=follow, seeds=1), bowl(1.0), before)
     assert [(row["method"], row["lr"]) for row in after.values()] == [
         (method, lr) for lr in (5e-4, 1e-3) for method in ("a-r4", "c-r4")

@@ -146,7 +146,9 @@ def test_zero_gradient_with_zero_lr_changes_nothing(name: str, shape: tuple[int,
         assert all(bool(value.isfinite().all()) for value in opt.state[p].values())
 
 
-@pytest.mark.parametrize("kind", ["zero then normal", "reversing", "huge", "tiny", "rank one", "one spike"])
+@pytest.mark.parametrize(
+    "kind", ["zero then normal", "reversing", "huge", "tiny", "rank one", "one spike", "one infinity"]
+)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_no_nonfinite_weight(name: str, shape: tuple[int, int], kind: str) -> None:
@@ -162,6 +164,7 @@ def test_no_nonfinite_weight(name: str, shape: tuple[int, int], kind: str) -> No
             "tiny": 1e-38 * noise,
             "rank one": noise[:, :1] * noise[:1, :],
             "one spike": noise * (1e36 if step == 30 else 1.0),
+            "one infinity": noise.index_fill(0, torch.tensor([shape[0] - 1]), float("inf")) if step == 30 else noise,
         }[kind]
         opt.step()
         assert bool(p.isfinite().all()), f"step {step}"

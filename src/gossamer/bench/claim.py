@@ -97,6 +97,8 @@ class Follow:
     """Best ones of each method."""
     leading: int | None = None
     """Only so many methods, the best there with seed 0; None: all."""
+    always: tuple[str, ...] = ()
+    """What runs whatever its place there, as a baseline does."""
     method_of: Callable[[str], str] = str
     """The other table's method whose rates a method takes."""
 
@@ -108,7 +110,8 @@ class Follow:
             for method, rates in found.items()
         }
         if self.leading is not None:
-            methods = sorted(methods, key=lambda it: _loss(found[it][ranked[it][0]][0]))[: self.leading]
+            ordered = sorted(methods, key=lambda it: _loss(found[it][ranked[it][0]][0]))
+            methods = [it for place, it in enumerate(ordered) if place < self.leading or it in self.always]
         return {method: ranked[method][: self.rates] for method in methods}
 
 
