@@ -268,3 +268,16 @@ def test_gammas_are_the_coupled_ones_unless_given() -> None:
     )
     with pytest.raises(gossamer.UserError, match="gammas are"):
         LoRAPre(gammas=(2.0, 0.1))
+
+
+@pytest.mark.parametrize("method", [LoRAPre(rank=4), LoRAPreStable(rank=4)], ids=["printed", "stable"])
+def test_columns_without_gradient_are_moved_by_what_is_left_of_the_first_factor(method: LoRAPre) -> None:
+    """A weakness: m and sqrt(v) are both what remains of the random A there, and their quotient is anything."""
+    state, dense = (it.init(torch.zeros(16, 40, dtype=F64)) for it in (method, AdamW()))
+    moved = []
+    for t in range(1, 101):
+        grad = randn(16, 40, seed=t)
+        grad[:, :5] = 0
+        moved.append(float(step(method, state, grad, t)[:, :5].abs().max()))
+        assert not step(AdamW(), dense, grad, t)[:, :5].any()
+    assert moved[0] == 0 and max(moved) > 50
