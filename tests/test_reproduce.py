@@ -428,7 +428,7 @@ def test_every_row_can_be_planned(
         assert line[:4] == [size, method, rate, f"{config.steps:,}"]
         assert float(line[11]) == pytest.approx(sum(map(float, line[6:11])), rel=0.01)  # three digits each
         assert float(line[12].replace(",", "")) > 0
-        assert line[13] == {"tiny": "18", "ranks": "12", "small": "6"}.get(name.rpartition("::")[2], "3")
+        assert line[13] == {"tiny": "18", "ranks": "12", "small": "12"}.get(name.rpartition("::")[2], "3")
 
 
 def test_hours_are_operations_over_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
