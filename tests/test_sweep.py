@@ -351,6 +351,7 @@ def test_the_edge_is_of_what_was_tried(losses: tuple[float, ...], edge: str | No
 
 def test_nothing_is_found_where_nothing_finished() -> None:
     assert found_in([trial(0, 1e-3, math.inf)], [Knob("lr", (1e-4, 1))]) is None
+    assert figure([]) is None and figure([{"table": "tiny", "label": "x"}]) is None
 
 
 def test_a_parabola_is_laid_through_trials_that_differ_in_the_learning_rate_alone() -> None:
@@ -365,7 +366,6 @@ def test_a_parabola_is_laid_through_trials_that_differ_in_the_learning_rate_alon
     ]
     found = found_in(flat, knobs[:1])
     assert found and (found.vertex, found.factor) == (None, None)
-    assert figure([]) is None and figure([{"table": "tiny", "label": "x"}]) is None
 
 
 def test_write_puts_the_best_value_and_why_where_presets_live(

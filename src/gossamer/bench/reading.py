@@ -353,7 +353,7 @@ def _is_of_recipe(option: str) -> bool:
 def _alike(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether two rows' configurations agree, in what both say of it."""
     before, after = (dict(leaves(_config(row))) for row in (old, new))
-    return all(before[key] == after[key] for key in before.keys() & after.keys() if key.split(".")[0] not in PLACE)
+    return all(before[key] == after[key] for key in before.keys() & after.keys() if key not in PLACE)
 
 
 def _config(row: dict[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def reproduce(options: Reproduce, console: Console) -> None:
         console.print(plan_table(chosen.table, chosen.first_runs(), chosen.seeds))
         return
     if options.train:
+        of_main(options.device, lambda _: chosen.check_rates())
         work(chosen.wanted, chosen.rows, device=options.device, rounds=ROUNDS, keep=False)
         of_main(options.device, lambda _: write_published(chosen.table, chosen.rows.path.with_name("claims.json")))
     of_main(options.device, lambda _: show(chosen.table, chosen.sizes, chosen.methods, chosen.finished, console))
@@ -110,11 +111,10 @@ class _Chosen:
 
     def wanted(self, rows: Sequence[dict[str, Any]]) -> list[Run]:
         own = self._made_so(self.table, rows)
-        self._check_rates()
         runs = self.table.wanted(self.sizes, self.methods, self.seeds, own, self.before)
         return [self._trained(run) for run in runs]
 
-    def _check_rates(self) -> None:
+    def check_rates(self) -> None:
         """That the table which this one follows has tried every rate: before, its best ones may be others.
 
         Raises:

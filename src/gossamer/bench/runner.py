@@ -61,9 +61,9 @@ class Rows:
 
         One may be missing and none be free: others make the last ones, and what they find may ask for more.
         """
-        finished, missing = self.read(), False
-        for run in wanted(finished):
-            if _is_there(run, finished):
+        rows, missing = self.read(), False
+        for run in wanted(rows):
+            if _is_there(run, rows):
                 continue
             missing = True
             if self._hold(run):

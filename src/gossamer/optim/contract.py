@@ -168,11 +168,11 @@ def build(name: str, **hyperparameters: Any) -> Method:
     for key in hyperparameters:
         if key not in known:
             raise UserError(f"{name}: unknown hyperparameter {key!r}{nearest(key, known)}; known: {', '.join(known)}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in hyperparameters.items()})
+    return hashable(cls(**hyperparameters))
 
 
 def hashable(method: Method) -> Method:
-    """The method with tuples for the lists among its fields, as a YAML file has them: groups are keyed by methods."""
+    """The method with tuples for the lists among its fields, as JSON and YAML have them: groups go by methods."""
     values: Any = {field.name: getattr(method, field.name) for field in fields(method)}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return replace(method, **lists) if lists else method
