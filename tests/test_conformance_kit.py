@@ -116,6 +116,17 @@ def test_a_process_that_dies_is_a_failure_with_its_last_line() -> None:
     assert verdict.outcome == "fail" and verdict.detail == "a process died with code 3: out of memory"
 
 
+def test_a_connection_that_a_dead_process_closed_is_not_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "0.error").write_text("RuntimeError: Connection closed by peer")
+    (tmp_path / "0.out").write_text("a warning\n")
+    (tmp_path / "1.out").write_text("a warning\nout of memory\n\n")
+    for codes in ([1, 3], [None, 3]):
+        assert processes._said(tmp_path, codes) == "a process died with code 3: out of memory"
+    (tmp_path / "1.error").write_text("ValueError: the first")
+    os.utime(tmp_path / "1.error", (0, 0))
+    assert processes._said(tmp_path, [1, 1]) == processes._said(tmp_path, [1, None]) == "ValueError: the first"
+
+
 def test_a_process_that_hangs_is_a_failure_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "TIMEOUT", 3.0)
     begun = time.monotonic()

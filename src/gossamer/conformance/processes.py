@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def _run_pair(folder: Path, name: str, arguments: str, tasks: list[str]) -> Proc
         begun = time.monotonic()
         while (codes := [child.poll() for child in children]) != [0, 0]:
             if any(codes):  # the other one waits for it in vain
-                return ProcessFailed(_said(folder, next(code for code in codes if code)))
+                return ProcessFailed(_said(folder, codes))
             if time.monotonic() - begun > TIMEOUT:
                 return ProcessFailed(f"two processes do not end within {TIMEOUT:.0f} s")
             time.sleep(0.05)
@@ -122,10 +123,13 @@ def _run_pair(folder: Path, name: str, arguments: str, tasks: list[str]) -> Proc
             child.wait()
 
 
-def _said(folder: Path, code: int) -> str:
-    """The error of the process that failed first, or the last line of one that was killed or died."""
-    errors = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
-    if errors:
-        return errors[0].read_text()
-    last = [line for rank in range(2) for line in (folder / f"{rank}.out").read_text().splitlines() if line.strip()]
-    return f"a process died with code {code}: {last[-1].strip() if last else 'it said nothing'}"
+def _said(folder: Path, codes: Sequence[int | None]) -> str:
+    """The last line of a process that was killed or died, else the error of the one that failed first.
+
+    Where one dies, the other may be as quick to raise that the connection is closed: that is not the reason.
+    """
+    for rank, code in enumerate(codes):
+        if code and not (folder / f"{rank}.error").exists():
+            last = [line for line in (folder / f"{rank}.out").read_text().splitlines() if line.strip()]
+            return f"a process died with code {code}: {last[-1].strip() if last else 'it said nothing'}"
+    return min(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns).read_text()
