@@ -132,7 +132,7 @@ def run_floor(size: str, method: str, seed: int) -> Run:
 
 floor = Table(
     title="hidden matrices left as they were drawn: what all methods begin from",
-    sizes=("tiny",),
+    sizes=("tiny", "small"),
     methods=("frozen",),
     run=run_floor,
 )
