@@ -47,7 +47,7 @@ def page(name: str, methods: Sequence[Method]) -> str:
     lines = [
         f"# Replication: {claimed.title}",
         "",
-        grid(methods, floor() if name == "tiny" else {}),
+        grid(methods, floor(claimed.sizes[0])),
         "",
         ARITHMETIC.capitalize() + ".",
         "",
@@ -56,10 +56,10 @@ def page(name: str, methods: Sequence[Method]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def floor() -> dict[int, float]:
+def floor(size: str) -> dict[int, float]:
     """Log perplexities, by seed, with hidden matrices as they were drawn."""
-    folder = RESULTS / "replication_floor"
-    return by_seed(reading.load(folder)[0].best) if (folder / "rows.jsonl").exists() else {}
+    methods = reading.load(RESULTS / "replication_floor")
+    return by_seed(next((method.best for method in methods if method.runs[0].size == size), None))
 
 
 def by_seed(rate: Rate | None) -> dict[int, float]:
