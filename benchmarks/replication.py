@@ -109,12 +109,15 @@ def by_rate(methods: Sequence[Method]) -> go.Figure:
 
     The best three quarters of all that was tried are in the frame; lines to worse ones leave it at the top.
     """
-    families: Mapping[str, Sequence[str]] = replication.FAMILIES
+    families = {
+        family: own
+        for family, names in replication.FAMILIES.items()
+        if (own := [method for method in methods if method.name in names])
+    }
     figure = make_subplots(2, 2, subplot_titles=list(families), vertical_spacing=0.13, horizontal_spacing=0.2)
-    for index, names in enumerate(families.values()):
+    for index, own in enumerate(families.values()):
         row, column = divmod(index, 2)
-        own = [method for method in methods if method.name in names]
-        drawn = plots.rates(own, plots.styles_of(own)) if own else None
+        drawn = plots.rates(own, plots.styles_of(own))
         key = f"legend{index + 1}" if index else "legend"
         for trace in drawn["data"] if drawn else ():
             figure.add_trace(go.Scatter({**trace, "meta": None, "legend": key}), row + 1, column + 1)
