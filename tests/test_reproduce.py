@@ -338,6 +338,13 @@ def test_the_committed_tables_are_of_the_committed_rows(monkeypatch: pytest.Monk
         assert path.read_text() == pages.page(name, load(path.parent)), "python -m benchmarks.replication makes it"
 
 
+def test_the_committed_rows_name_no_place_on_one_machine() -> None:
+    paths = sorted((ROOT / "results").rglob("*.json*"))
+    assert paths
+    for path in paths:
+        assert '"/' not in path.read_text(), f"{path}: a path that begins at the root"
+
+
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
